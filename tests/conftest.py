@@ -1,0 +1,20 @@
+"""Every test starts from the same seed, an empty parameter store and warnings that count as errors."""
+
+import pyro
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _same_start():
+    pyro.set_rng_seed(0)
+    pyro.clear_param_store()
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def float64():
+    """For tests that compare with a truth: double precision."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
