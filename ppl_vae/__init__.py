@@ -1,0 +1,91 @@
+"""Variational autoencoders told as Pyro programs, with log p(x) you can believe."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ppl_vae import (
+        checks,
+        configuration,
+        data,
+        evidence,
+        likelihoods,
+        networks,
+        noise,
+        plots,
+        posteriors,
+        priors,
+        stories,
+        traces,
+        training,
+    )
+    from ppl_vae.checkpoint import load, save
+    from ppl_vae.checks import check
+    from ppl_vae.evidence import Evidence, log_evidence
+    from ppl_vae.training import History, fit
+    from ppl_vae.vae import VAE
+
+__version__ = "0.1.0"
+
+# Where each name lives. Importing the package costs nothing; a name is imported when it is first asked for.
+_HOME = {
+    "VAE": "vae",
+    "Evidence": "evidence",
+    "History": "training",
+    "check": "checks",
+    "fit": "training",
+    "load": "checkpoint",
+    "log_evidence": "evidence",
+    "save": "checkpoint",
+}
+_MODULES = [
+    "checks",
+    "configuration",
+    "data",
+    "evidence",
+    "likelihoods",
+    "networks",
+    "noise",
+    "plots",
+    "posteriors",
+    "priors",
+    "stories",
+    "traces",
+    "training",
+]
+
+__all__ = [
+    "VAE",
+    "Evidence",
+    "History",
+    "check",
+    "checks",
+    "configuration",
+    "data",
+    "evidence",
+    "fit",
+    "likelihoods",
+    "load",
+    "log_evidence",
+    "networks",
+    "noise",
+    "plots",
+    "posteriors",
+    "priors",
+    "save",
+    "stories",
+    "traces",
+    "training",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in _MODULES:
+        return import_module(f"ppl_vae.{name}")
+    if name in _HOME:
+        return getattr(import_module(f"ppl_vae.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'ppl_vae' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

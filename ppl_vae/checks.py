@@ -1,0 +1,323 @@
+"""A dry run that explains what is wrong with a story, or with its data, before any training.
+
+Pyro warns of some of these mistakes and broadcasts over others; here each is an error that says what was expected, what
+came, and what to do.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from copy import copy
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.poutine import Trace
+from torch import Tensor
+from torch.distributions import constraints
+
+from ppl_vae import noise, traces
+from ppl_vae.traces import Site, Story, observed_sites, sample_sites
+
+PLATE = "observations"
+ROWS_AT_ONCE = 4096
+
+Transform = Callable[[Tensor], Tensor]
+
+REMEDIES = {
+    "Bernoulli": "Binarize (transform=torch.bernoulli, or binarization='static'), or use likelihoods.Normal.",
+}
+
+
+def check(story: Story, *columns: Tensor, transform: Transform | None = None) -> None:
+    """Runs the story once on two rows, and looks at all the data; raises when either is not what it should be.
+
+    The story must sample everything inside ``pyro.plate("observations", ...)`` at dim -1, its guide must draw the
+    latents that its model has, with the same support, and every parameter must receive a gradient. The data must be
+    finite (positions that a boolean column of the same shape marks False may hold anything), of equal length, and in
+    the support of the sites that score them. No buffer, mode or generator moves.
+
+    Args:
+        story: an ``nn.Module`` with ``model`` and ``guide``.
+        columns: what follows the story in a call goes to the story; each tensor's first dimension is the observation.
+        transform: applied to the first column before the story sees it, as in :func:`ppl_vae.fit`.
+
+    Raises:
+        ValueError: with what was expected, what came, and what to do.
+        TypeError: when a column is not a tensor, or the model does not take so many of them.
+
+    >>> from ppl_vae import VAE, likelihoods, networks, posteriors, priors
+    >>> vae = VAE(
+    ...     prior=priors.StandardNormal(2),
+    ...     decoder=likelihoods.Bernoulli(networks.mlp(2, 5)),
+    ...     encoder=posteriors.DiagonalNormal(networks.mlp(5, 4)),
+    ... )
+    >>> check(vae, torch.linspace(0, 0.9, 50).reshape(10, 5))
+    Traceback (most recent call last):
+        ...
+    ValueError: x has values between 0 and 0.9; Bernoulli is a distribution over 0 and 1. Binarize ...
+    """
+    dry_run(story, *columns, transform=transform, gradients=True)
+
+
+def dry_run(
+    story: Story, *columns: Tensor, transform: Transform | None = None, gradients: bool = False
+) -> dict[str, torch.Size]:
+    """What :func:`check` does, gradients on request; returns the event shape of each observed site."""
+    names = column_names(story, columns)
+    check_columns(names, columns)
+    device, _ = traces.device_and_dtype(story)
+    rows = traces.to_story(story, tuple(column[torch.arange(2) % len(column)] for column in columns))
+    buffers = {name: buffer.clone() for name, buffer in story.named_buffers()}
+    with noise.unit(device, 0, noise.Purpose.CHECK), traces.scoring(story):
+        if transform is not None:
+            rows = (transform(rows[0]), *rows[1:])
+        with torch.set_grad_enabled(gradients):
+            model_trace, guide_trace = _run(story, names, rows)
+            _check_traces(story, model_trace, guide_trace)
+            if gradients:
+                _check_gradients(story, model_trace, guide_trace)
+        _check_support_of_data(story, model_trace, dict(zip(names, columns, strict=False)), rows, transform)
+        for name, buffer in story.named_buffers():
+            buffer.copy_(buffers[name])
+    return {name: site["fn"].event_shape for name, site in observed_sites(model_trace).items()}
+
+
+# The data
+
+
+def column_names(story: Story, columns: Sequence[Tensor]) -> list[str]:
+    """What the story's model calls its columns, for messages; TypeError when it does not take them."""
+    for position, column in enumerate(columns):
+        if not isinstance(column, Tensor):
+            remedy = "This data has no labels: pass split.x." if column is None else "Pass torch.as_tensor(column)."
+            raise TypeError(f"Column {position} must be a tensor; found {type(column).__name__}. {remedy}")
+    signature = inspect.signature(story.model)
+    try:
+        bound = signature.bind(*columns)
+    except TypeError as error:
+        raise TypeError(f"The model takes {signature} and is given {len(columns)} columns: {error}.") from None
+    names: list[str] = []
+    for name, value in bound.arguments.items():
+        names += [f"{name}[{i}]" for i in range(len(value))] if isinstance(value, tuple) else [name]
+    return names
+
+
+def check_columns(names: Sequence[str], columns: Sequence[Tensor]) -> None:
+    """Raises ValueError unless there are columns, of one length, not empty, with finite values."""
+    if not columns:
+        raise ValueError("Expected at least one column of data; found none.")
+    if scalars := [name for name, column in zip(names, columns, strict=True) if not column.dim()]:
+        raise ValueError(f"A column's first dimension is the observation; {scalars[0]} is a single number.")
+    lengths = {name: len(column) for name, column in zip(names, columns, strict=True)}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"Every column holds one entry per observation; found the lengths {lengths}.")
+    if not len(columns[0]):
+        raise ValueError(f"Expected at least one observation; {names[0]} has the shape {tuple(columns[0].shape)}.")
+    for name, column in zip(names, columns, strict=True):
+        if column.is_floating_point():
+            masks = [mask for mask in columns if mask.dtype == torch.bool and mask.shape == column.shape]
+            _check_finite(name, column, masks)
+
+
+def _check_finite(name: str, column: Tensor, masks: list[Tensor]) -> None:
+    bad = ~torch.isfinite(column)
+    for mask in masks:
+        bad &= mask.to(bad.device)
+    if bad.any():
+        row, *position = bad.nonzero()[0].tolist()
+        place = f"row {row}" + (f", column {', '.join(map(str, position))}" if position else "")
+        num_rows = int(bad.reshape(len(bad), -1).any(1).sum())
+        raise ValueError(
+            f"{name} is {column[(row, *position)].item()} in {place} ({num_rows} of {len(bad)} rows are not finite). "
+            "Remove these rows, or tell a story that reads a mask column which values are missing."
+        )
+
+
+def _check_support_of_data(
+    story: Story, model_trace: Trace, columns: dict[str, Tensor], rows: Sequence[Tensor], transform: Transform | None
+) -> None:
+    """All of a column where a site scores it as it is, otherwise the two rows that the story made of it."""
+    for name, site in observed_sites(model_trace).items():
+        scored = [position for position, value in enumerate(rows) if value is site["value"]]
+        whole = _whole_column_constraint(site["fn"])
+        if not scored or whole is None:
+            _check_values(name, site["fn"], site["fn"].support, site["value"])
+            continue
+        (position,) = scored[:1]
+        column_name, column = list(columns.items())[position]
+        for chunk in column.split(ROWS_AT_ONCE):
+            (chunk,) = traces.to_story(story, (chunk,))
+            if transform is not None and position == 0:
+                column_name, chunk = f"transform({column_name})", transform(chunk)
+            _check_values(column_name, site["fn"], whole, chunk)
+
+
+def _whole_column_constraint(distribution: dist.TorchDistribution) -> Any:
+    """A support that is the same for every row, to check any number of rows with; None if it depends on the row."""
+    constraint = copy(_base_constraint(distribution.support))
+    for name, bound in vars(constraint).items():
+        if isinstance(bound, Tensor):
+            if len(bound.unique()) > 1:
+                return None
+            setattr(constraint, name, bound.flatten()[0])
+    return constraint
+
+
+def _check_values(name: str, distribution: dist.TorchDistribution, support: Any, values: Tensor) -> None:
+    if not bool(support.check(values).all()):
+        family = _family(distribution)
+        over = "0 and 1" if _base_constraint(support) is constraints.boolean else str(_base_constraint(support))
+        raise ValueError(
+            f"{name} has values between {values.min():.3g} and {values.max():.3g}; {family} is a distribution over "
+            f"{over}. {REMEDIES.get(family, 'Use a likelihood with the support of the data.')}"
+        )
+
+
+# The story
+
+
+def _run(story: Story, names: Sequence[str], rows: tuple[Tensor, ...]) -> tuple[Trace, Trace]:
+    try:
+        model_trace, guide_trace = traces.run(story, *rows)
+        for trace in (model_trace, guide_trace):
+            trace.compute_log_prob()
+    except (RuntimeError, ValueError, IndexError) as error:
+        shapes = ", ".join(f"{name} {tuple(row.shape)}" for name, row in zip(names, rows, strict=True))
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"The story does not run on two rows ({shapes}): {reason}. Compare the shapes that its networks take with "
+            "those of the data."
+        ) from error
+    return model_trace, guide_trace
+
+
+def _check_traces(story: Story, model_trace: Trace, guide_trace: Trace) -> None:
+    _check_sites(model_trace, guide_trace)
+    for trace in (model_trace, guide_trace):
+        _check_parameters_are_owned(story, trace)
+        for name, site in sample_sites(trace).items():
+            _check_plate(name, site)
+            traces.refuse_scale(name, site)
+            _check_finite_log_prob(name, site, "model" if trace is model_trace else "guide")
+    for name, site in observed_sites(model_trace).items():
+        _check_observation(name, site)
+    for name, site in sample_sites(guide_trace).items():
+        _check_same_support(name, traces.nodes(model_trace)[name]["fn"], site["fn"])
+
+
+def _check_sites(model_trace: Trace, guide_trace: Trace) -> None:
+    latent = {name for name, site in sample_sites(model_trace).items() if not site["is_observed"]}
+    summed_out = {name for name in latent if traces.nodes(model_trace)[name]["infer"].get("enumerate") == "parallel"}
+    guessed = set(sample_sites(guide_trace))
+    remedy = "Sites of the model and its guide match by name."
+    if not observed_sites(model_trace):
+        raise ValueError(f"The model scores no data: none of its sites {sorted(latent)} has obs=. Pass obs=x to one.")
+    if missing := latent - guessed - summed_out:
+        raise ValueError(f"The model draws {sorted(missing)}; the guide draws only {sorted(guessed)}. {remedy}")
+    if extra := guessed - latent:
+        raise ValueError(f"The guide draws {sorted(extra)}; the model draws only {sorted(latent)}. {remedy}")
+
+
+def _check_parameters_are_owned(story: Story, trace: Trace) -> None:
+    owned = {id(parameter) for _, parameter in story.named_parameters()}
+    for name, site in traces.nodes(trace).items():
+        if site["type"] == "param" and id(site["value"].unconstrained()) not in owned:
+            raise ValueError(
+                f"pyro.param({name!r}) does not belong to the story and would not be saved with it. Make it an "
+                "nn.Parameter, or a PyroParam of a PyroModule, that the story holds."
+            )
+
+
+def _check_plate(name: str, site: Site) -> None:
+    frames = {frame.name: frame for frame in site["cond_indep_stack"]}
+    if PLATE not in frames:
+        found = f"in the plates {sorted(frames)}" if frames else "in no plate"
+        raise ValueError(
+            f"Site {name!r} lies {found}, not in {PLATE!r}: one value for the whole data set. log p(x) is per "
+            f'observation: draw it inside pyro.plate("{PLATE}", len(x)), or make an unknown constant a parameter.'
+        )
+    if frames[PLATE].dim != -1 or len(frames) > 1:
+        raise ValueError(
+            f"Site {name!r} lies in the plates {sorted(frames)}, with {PLATE!r} at dim {frames[PLATE].dim}: it must be "
+            "the only plate, at dim -1. Declare inner structure with .to_event."
+        )
+    batch_shape = tuple(site["fn"].batch_shape)
+    if batch_shape != (2,) or site["log_prob"].shape != (2,):
+        raise ValueError(
+            f"Site {name!r} has the batch shape {batch_shape} on two rows; expected (2,). The plate {PLATE!r} is as "
+            "long as the columns, and every other dimension is declared with .to_event."
+        )
+
+
+def _check_finite_log_prob(name: str, site: Site, story_part: str) -> None:
+    if not bool(torch.isfinite(site["log_prob"]).all()):
+        found = site["log_prob"].detach().tolist()
+        raise ValueError(
+            f"Site {name!r} of the {story_part} has the log probabilities {found} on two rows; expected finite "
+            "numbers. Look for a scale of zero, a logarithm of zero, or data outside the support."
+        )
+
+
+def _check_observation(name: str, site: Site) -> None:
+    expected, found = tuple(site["fn"].shape()), tuple(site["value"].shape)
+    if expected != found:
+        raise ValueError(
+            f"Site {name!r} makes observations of shape {expected} and is given {found} on two rows. The likelihood's "
+            "network must return the shape of the data."
+        )
+
+
+def _check_same_support(name: str, prior: dist.TorchDistribution, guide: dist.TorchDistribution) -> None:
+    if tuple(prior.event_shape) != tuple(guide.event_shape):
+        raise ValueError(
+            f"The model draws {name!r} with the event shape {tuple(prior.event_shape)}, the guide with "
+            f"{tuple(guide.event_shape)}. They must be the same."
+        )
+    if _region(prior.support) != _region(guide.support):
+        raise ValueError(
+            f"The model draws {name!r} from {_family(prior)} over {_base_constraint(prior.support)}, the guide from "
+            f"{_family(guide)} over {_base_constraint(guide.support)}. The guide must cover what the prior covers, and "
+            "no more: choose a family with that support, or transform one."
+        )
+
+
+def _check_gradients(story: Story, model_trace: Trace, guide_trace: Trace) -> None:
+    total = traces.log_prob(model_trace, sample_sites(model_trace)).sum()
+    total = total - traces.log_prob(guide_trace, sample_sites(guide_trace)).sum()
+    trained = {name: parameter for name, parameter in story.named_parameters() if parameter.requires_grad}
+    if trained and total.requires_grad:
+        gradients = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
+    else:
+        gradients = (None,) * len(trained)
+    if idle := [name for name, gradient in zip(trained, gradients, strict=True) if gradient is None]:
+        raise ValueError(
+            f"{len(idle)} of {len(trained)} parameters receive no gradient, {idle[0]!r} first. Use it in the model or "
+            "the guide (two parts must not share a name in Pyro's store), remove it, or call requires_grad_(False)."
+        )
+
+
+# Names for distributions and their supports
+
+
+def _family(distribution: Any) -> str:
+    while hasattr(distribution, "base_dist") and isinstance(
+        distribution, dist.Independent | dist.MaskedDistribution | dist.ExpandedDistribution
+    ):
+        distribution = distribution.base_dist
+    return type(distribution).__name__
+
+
+def _base_constraint(constraint: Any) -> Any:
+    while isinstance(constraint, constraints.independent):
+        constraint = constraint.base_constraint
+    return constraint
+
+
+def _region(constraint: Any) -> object:
+    """Equal for two constraints that admit the same numbers; bounds are compared, open or closed ends are not."""
+    constraint = _base_constraint(constraint)
+    if hasattr(constraint, "lower_bound") or hasattr(constraint, "upper_bound"):
+        ends = (getattr(constraint, "lower_bound", -torch.inf), getattr(constraint, "upper_bound", torch.inf))
+        bounds = tuple(tuple(torch.as_tensor(end, dtype=torch.float64).unique().tolist()) for end in ends)
+        return constraint.is_discrete, bounds
+    return constraint.is_discrete, type(constraint).__name__.removesuffix("_vector")

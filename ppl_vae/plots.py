@@ -1,0 +1,138 @@
+"""Pictures of stories and results. Every function returns a matplotlib ``Figure``; nothing is shown or written here."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from ppl_vae import noise, traces
+from ppl_vae.training import History
+from ppl_vae.vae import VAE
+
+INK = {"cmap": "gray_r", "vmin": 0.0, "vmax": 1.0, "interpolation": "nearest"}
+
+
+def learning_curve(history: History) -> Figure:
+    """The ELBO of each epoch, in training and on validation data, with the epoch whose weights were kept.
+
+    >>> history = History("svi", [{"epoch": e, "train_elbo": -9.0 / e, "validation_elbo": -9.5 / e} for e in (1, 2)])
+    >>> learning_curve(history).axes[0].get_ylabel()
+    'ELBO (nats per observation)'
+    """
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    epochs = history["epoch"]
+    axes.plot(epochs, history["train_elbo"], label="training", color="tab:blue")
+    shown = history["train_elbo"]
+    if "validation_elbo" in history.rows[0]:
+        axes.plot(epochs, history["validation_elbo"], label="validation", color="tab:orange")
+        axes.axvline(
+            history.best_epoch, color="gray", lw=0.8, ls="--", label=f"weights kept (epoch {history.best_epoch})"
+        )
+        shown = np.concatenate([shown, history["validation_elbo"]])
+    if len(history) > 4:  # the first epochs would flatten all that follows
+        axes.set_ylim(bottom=np.nanquantile(shown, 0.05), top=np.nanmax(shown) + 0.05 * np.ptp(shown))
+    axes.set(xlabel="epoch", ylabel="ELBO (nats per observation)")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def samples(story: VAE, num_observations: int = 64, seed: int = 0) -> Figure:
+    """New observations: the mean of p(x | z) for draws z of the prior, and a draw x from each."""
+    _, means, draws = draw_observations(story, num_observations, seed)
+    return image_panels({"mean of p(x | z), z ~ p(z)": means, "x ~ p(x | z)": draws})
+
+
+def reconstructions(story: VAE, x: Tensor, seed: int = 0) -> Figure:
+    """Observations, the mean of p(x | z) for one z ~ q(z | x) of each, and an observation drawn from it."""
+    with noise.unit(x.device, seed, noise.Purpose.PREDICTIVE), traces.scoring(story):
+        likelihood = story.decoder(story.encoder(x).sample())
+        means, draws = likelihood.mean, likelihood.sample()
+    return image_panels({"x": x, "mean of p(x | z), z ~ q(z | x)": means, "draw of p(x | z)": draws}, columns=4)
+
+
+def draw_observations(story: VAE, num_observations: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents z ~ p(z), the means of p(x | z), and draws x; shapes ``(N, K)``, ``(N, *event)``, ``(N, *event)``."""
+    device, _ = traces.device_and_dtype(story)
+    with noise.unit(device, seed, noise.Purpose.PREDICTIVE), traces.scoring(story):
+        z = story.prior().expand([num_observations]).sample()
+        likelihood = story.decoder(z)
+        return z, likelihood.mean, likelihood.sample()
+
+
+def image_panels(panels: dict[str, Tensor], columns: int = 8) -> Figure:
+    """Sets of images ``(N, colours, height, width)`` side by side, each under its title."""
+    figure = Figure(figsize=(4 * len(panels), 4.3), layout="constrained")
+    for axes, (title, images) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
+        axes.imshow(tile(images, columns), **INK)
+        axes.set_title(title, fontsize=10)
+        axes.set_axis_off()
+    return figure
+
+
+def tile(images: Tensor, columns: int) -> np.ndarray:
+    """Images laid out row by row, with a thin white gap; shape ``(height, width)``, or ``(height, width, 3)``.
+
+    >>> tile(torch.zeros(10, 1, 28, 28), columns=5).shape
+    (58, 145)
+    """
+    padded = torch.nn.functional.pad(images.detach().float().cpu().clamp(0, 1), (0, 1, 0, 1))
+    missing = -len(padded) % columns
+    padded = torch.cat([padded, padded.new_zeros(missing, *padded.shape[1:])])
+    rows = padded.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+    return rows.squeeze(-1).numpy()
+
+
+def latent_atlas(story: VAE, x: Tensor, labels: Tensor | None = None, size: int = 20) -> Figure:
+    """The plane of z: what it decodes to, and where the encoder puts observations, coloured by label.
+
+    Both panels have one coordinate for each latent dimension that is uniform under N(0, 1), so that equal areas hold
+    equal prior probability and a place in one panel is the same place in the other; the ticks say z.
+
+    Args:
+        story: a VAE with two latent dimensions whose observations are images.
+        x: observations, shape ``(N, colours, height, width)``.
+        labels: whole numbers, shape ``(N,)``; None draws all in one colour.
+        size: images along each side of the grid.
+
+    Raises:
+        ValueError: when z does not have two dimensions.
+    """
+    device, dtype = traces.device_and_dtype(story)
+    normal = torch.distributions.Normal(torch.zeros((), device=device, dtype=dtype), 1.0)
+    quantiles = (torch.arange(size, device=device, dtype=dtype) + 0.5) / size
+    with traces.scoring(story):
+        if (latent_dim := story.prior().event_shape.numel()) != 2:
+            raise ValueError(f"The atlas shows two latent dimensions; this story has {latent_dim}.")
+        down, across = torch.meshgrid(normal.icdf(quantiles.flip(0)), normal.icdf(quantiles), indexing="ij")
+        decoded = story.decoder(torch.stack([across, down], dim=-1).flatten(0, 1)).mean
+        places = normal.cdf(story.encoder(x.to(device, dtype)).mean).cpu().numpy()
+
+    figure = Figure(figsize=(15, 7.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.imshow(tile(decoded, size), extent=(0, 1, 0, 1), **INK)
+    left.set_title(f"mean of p(x | z) on a {size} x {size} grid of prior quantiles")
+    _scatter_by_label(right, places, labels)
+    right.set_title(f"encoder's mean of z for {len(x)} observations")
+    ticks = np.array([-2, -1, -0.5, 0, 0.5, 1, 2])
+    for axes in (left, right):
+        positions = torch.special.ndtr(torch.as_tensor(ticks)).numpy()
+        axes.set_xticks(positions, [f"{tick:g}" for tick in ticks])
+        axes.set_yticks(positions, [f"{tick:g}" for tick in ticks])
+        axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="$z_0$", ylabel="$z_1$", aspect="equal")
+    return figure
+
+
+def _scatter_by_label(axes, places: np.ndarray, labels: Tensor | None) -> None:
+    if labels is None:
+        axes.scatter(*places.T, s=8, color="tab:blue", alpha=0.7)
+        return
+    words: Sequence[int] = sorted(set(labels.tolist()))
+    for word in words:
+        chosen = places[labels.cpu().numpy() == word]
+        axes.scatter(*chosen.T, s=10, color=f"C{word % 10}", alpha=0.8, linewidths=0, label=str(word))
+        axes.text(*np.median(chosen, axis=0), str(word), fontsize=16, weight="bold", ha="center", va="center")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, title="label", markerscale=2)

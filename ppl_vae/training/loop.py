@@ -1,0 +1,288 @@
+"""fit: stochastic variational inference from the first epoch to the best weights."""
+
+import copy
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, Literal, cast
+
+import pyro
+import torch
+from pyro.infer import ELBO, SVI, Trace_ELBO
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ppl_vae import checks, noise, traces
+from ppl_vae.checks import Transform
+from ppl_vae.noise import Purpose
+from ppl_vae.traces import Story
+from ppl_vae.training.history import History, Row
+from ppl_vae.training.steps import KLWarmup, Optimizer, WholeStoryOptimizer
+
+VALIDATION_ROWS = 1024
+SKIPPED_STEPS_ALLOWED = 10
+
+ADAM = partial(torch.optim.Adam, lr=1e-3)
+
+Callback = Callable[[Story, Row], None]
+Schedule = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
+
+
+def fit(
+    story: Story,
+    *columns: Tensor,
+    epochs: int,
+    validation: Tensor | Sequence[Tensor] | None = None,
+    batch_size: int = 128,
+    optimizer: Optimizer = ADAM,
+    loss: ELBO | None = None,
+    transform: Transform | None = None,
+    engine: Literal["auto", "svi"] = "auto",
+    kl_warmup: int = 0,
+    schedule: Schedule | None = None,
+    clip: float | None = None,
+    patience: int | None = None,
+    callbacks: Sequence[Callback] = (),
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: bool | None = None,
+) -> History:
+    """Trains a story by stochastic variational inference (``pyro.infer.SVI``) and returns its history.
+
+    Hoffman, Blei, Wang & Paisley 2013, https://arxiv.org/abs/1206.7055. The story and the data are checked first. With
+    ``validation`` the story ends with the weights of its best epoch on those data, also when it is interrupted. The
+    user's parameter store and generators are left as they were; a batch's noise depends on seed and number alone.
+
+    Args:
+        story: an ``nn.Module`` with ``model`` and ``guide``; trained in place.
+        columns: tensors whose first dimension is the observation, handed to model and guide batch by batch.
+        epochs: passes over the data.
+        validation: held-out data with the same columns (one tensor, or a tuple).
+        batch_size: observations per step.
+        optimizer: makes a torch optimizer of the story's parameters.
+        loss: a Pyro ELBO; None is a new ``Trace_ELBO()``.
+        transform: applied to each batch's first column on the device, for instance ``torch.bernoulli`` (dynamic
+            binarization). Validation data are taken as they are.
+        engine: ``"svi"`` is ``pyro.infer.SVI``; ``"auto"`` chooses for you.
+        kl_warmup: epochs over which the latent terms grow from 1/kl_warmup to their full weight. Patience counts
+            after them.
+        schedule: makes a torch learning rate scheduler of the optimizer, stepped after each epoch.
+        clip: largest norm of the gradient of the mean loss per observation.
+        patience: stop after so many epochs without a better validation ELBO.
+        callbacks: called with the story and the row of each epoch.
+        seed: rules order, noise and transform.
+        device: moves the story there first; None is where it is. Data follow the story, whole.
+        progress: show a bar; None means when standard error is a terminal.
+
+    Returns:
+        The :class:`History`.
+
+    Raises:
+        ValueError: when an argument, the story or the data are not what they should be, before the first step.
+        FloatingPointError: when loss or gradient are not finite for ten batches in a row.
+
+    >>> from ppl_vae import VAE, likelihoods, networks, posteriors, priors
+    >>> vae = VAE(
+    ...     prior=priors.StandardNormal(2),
+    ...     decoder=likelihoods.Bernoulli(networks.mlp(2, 5)),
+    ...     encoder=posteriors.DiagonalNormal(networks.mlp(5, 4)),
+    ... )
+    >>> history = fit(vae, torch.ones(100, 5), epochs=3, batch_size=10)
+    >>> history["epoch"].tolist(), bool(history["train_elbo"][0] < history["train_elbo"][2])
+    ([1, 2, 3], True)
+    """
+    held_out = () if validation is None else (validation,) if isinstance(validation, Tensor) else tuple(validation)
+    _check_arguments(columns, held_out, epochs, batch_size, kl_warmup, clip, patience, engine)
+    if device is not None:
+        story.to(device)
+    checks.check(story, *columns, transform=transform)
+    if held_out:
+        checks.dry_run(story, *held_out)
+    columns, held_out = traces.to_story(story, columns), traces.to_story(story, held_out)
+    device, _ = traces.device_and_dtype(story)
+
+    torch_optimizer = optimizer([parameter for _, parameter in story.named_parameters() if parameter.requires_grad])
+    torch_optimizer.zero_grad()
+    scheduler = schedule(torch_optimizer) if schedule else None
+    whole_story, warmup = WholeStoryOptimizer(torch_optimizer, clip), KLWarmup()
+    svi = SVI(*_programs(story, warmup), whole_story, Trace_ELBO() if loss is None else copy.copy(loss))
+    history = History(engine="svi")
+    best = _Best(story, patience, kl_warmup)
+
+    bar = tqdm(total=epochs, desc="training", unit="epoch", disable=None if progress is None else not progress)
+    with bar, best, _training(story, device):
+        for epoch in range(1, epochs + 1):
+            started = time.perf_counter()
+            warmup.factor = min(1.0, epoch / kl_warmup) if kl_warmup else 1.0
+            row: Row = {"epoch": epoch, "step": epoch * math.ceil(len(columns[0]) / batch_size)}
+            row |= _train_epoch(story, svi, whole_story, columns, batch_size, transform, seed, epoch)
+            row |= {"kl_factor": warmup.factor, "learning_rate": torch_optimizer.param_groups[0]["lr"]}
+            if scheduler is not None:
+                scheduler.step()
+            if held_out:
+                warmup.factor = 1.0
+                row["validation_elbo"] = _validate(story, svi, held_out, seed)
+            row["seconds"] = round(time.perf_counter() - started, 4)
+            history.rows.append(row)
+            stop = best.seen(row)
+            for callback in callbacks:
+                callback(story, row)
+            bar.update()
+            bar.set_postfix({key: f"{row[key]:.2f}" for key in ("train_elbo", "validation_elbo") if key in row})
+            if stop:
+                break
+    return history
+
+
+def _train_epoch(
+    story: Story,
+    svi: SVI,
+    optimizer: WholeStoryOptimizer,
+    columns: tuple[Tensor, ...],
+    batch_size: int,
+    transform: Transform | None,
+    seed: int,
+    epoch: int,
+) -> Row:
+    """Takes every batch of one epoch once; returns the mean objective and how many steps were not taken."""
+    total, taken, skipped = 0.0, 0, 0
+    order = noise.permutation(len(columns[0]), seed, epoch).to(columns[0].device)
+    for number, rows in enumerate(order.split(batch_size)):
+        noise.reseed(rows.device, seed, Purpose.TRAINING, epoch, number)
+        batch = tuple(column.index_select(0, rows) for column in columns)
+        if transform is not None:
+            batch = (transform(batch[0]), *batch[1:])
+        optimizer.num_observations = len(rows)
+        value = cast(float, svi.step(*batch))
+        if optimizer.skipped_in_a_row:
+            skipped += 1
+            if optimizer.skipped_in_a_row == SKIPPED_STEPS_ALLOWED:
+                raise FloatingPointError(_explain_non_finite(story, batch, seed, epoch, number))
+        else:
+            total, taken = total - value, taken + len(rows)
+    return {"train_elbo": total / taken if taken else math.nan, "skipped_steps": skipped}
+
+
+def _validate(story: Story, svi: SVI, held_out: tuple[Tensor, ...], seed: int) -> float:
+    """The objective on held-out data at factor 1 in eval mode, with the same noise every time."""
+    total = 0.0
+    with traces.evaluating(story):
+        for start in range(0, len(held_out[0]), VALIDATION_ROWS):
+            noise.reseed(held_out[0].device, seed, Purpose.VALIDATION, start)
+            rows = (column[start : start + VALIDATION_ROWS] for column in held_out)
+            total -= cast(float, svi.evaluate_loss(*rows))
+    return total / len(held_out[0])
+
+
+def _programs(story: Story, warmup: KLWarmup) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The story's model and guide as SVI wants them: warmed up, and with their parameters in the store."""
+    model, guide = warmup(story.model), warmup(story.guide)
+    if isinstance(story, PyroModule):
+        return model, guide
+
+    def registered(program: Callable[..., Any]) -> Callable[..., Any]:
+        def with_parameters(*columns: Tensor) -> Any:
+            pyro.module("story", cast(nn.Module, story))
+            return program(*columns)
+
+        return with_parameters
+
+    return registered(model), registered(guide)
+
+
+@contextmanager
+def _training(story: Story, device: torch.device) -> Iterator[None]:
+    """What surrounds training: train mode, our own parameter store and generators, no repeated validation."""
+    modes = {module: module.training for module in story.modules()}
+    with ExitStack() as stack:
+        for context in (noise.forked(device), traces.own_parameter_store(), pyro.validation_enabled(False)):
+            stack.enter_context(context)
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "Encountered NaN")  # such a step is not taken, and counted
+        story.train(True)
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+
+class _Best:
+    """Remembers the weights of the best validation epoch, puts them back at the end, and knows when to stop."""
+
+    def __init__(self, story: Story, patience: int | None, kl_warmup: int) -> None:
+        self.story = story
+        self.patience = patience
+        self.kl_warmup = kl_warmup
+        self.elbo = -math.inf
+        self.epoch = 0
+        self.weights: dict[str, Tensor] | None = None
+
+    def seen(self, row: Row) -> bool:
+        """Takes in an epoch; True when patience is at its end."""
+        elbo, epoch = float(row.get("validation_elbo", -math.inf)), int(row["epoch"])
+        if elbo > self.elbo:
+            self.elbo, self.epoch = elbo, epoch
+            self.weights = {name: value.detach().clone() for name, value in self.story.state_dict().items()}
+        return self.patience is not None and epoch - max(self.epoch, self.kl_warmup) >= self.patience
+
+    def __enter__(self) -> "_Best":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.weights is not None:
+            self.story.load_state_dict(self.weights)
+
+
+def _explain_non_finite(story: Story, batch: tuple[Tensor, ...], seed: int, epoch: int, number: int) -> str:
+    """Names the first site of a batch whose log probability is not finite."""
+    noise.reseed(batch[0].device, seed, Purpose.TRAINING, epoch, number)
+    with torch.no_grad():
+        model_trace, guide_trace = traces.run(story, *batch)
+    where = "none: only the gradient overflows; try a smaller learning rate, or clip"
+    for trace, part in ((guide_trace, "guide"), (model_trace, "model")):
+        trace.compute_log_prob()
+        for name, site in traces.sample_sites(trace).items():
+            if not bool(torch.isfinite(site["log_prob"]).all()):
+                where = f"site {name!r} of the {part}"
+                break
+        else:
+            continue
+        break
+    return (
+        f"The loss or its gradient was not finite for {SKIPPED_STEPS_ALLOWED} batches in a row (epoch {epoch}, batch "
+        f"{number}, seed {seed}); none of these steps was taken. First site that is not finite: {where}."
+    )
+
+
+def _check_arguments(
+    columns: tuple[Tensor, ...],
+    held_out: tuple[Tensor, ...],
+    epochs: int,
+    batch_size: int,
+    kl_warmup: int,
+    clip: float | None,
+    patience: int | None,
+    engine: str,
+) -> None:
+    for name, value, least in (("epochs", epochs, 1), ("batch_size", batch_size, 1), ("kl_warmup", kl_warmup, 0)):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}; found {value}.")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip is a gradient norm and must be positive; found {clip}.")
+    if patience is not None and patience < 1:
+        raise ValueError(f"patience must be at least 1 epoch; found {patience}.")
+    if patience is not None and not held_out:
+        raise ValueError("patience counts epochs without a better validation ELBO; pass validation=.")
+    if held_out and len(held_out) != len(columns):
+        raise ValueError(
+            f"validation must have the {len(columns)} columns of the training data; found {len(held_out)}."
+        )
+    if engine not in ("auto", "svi"):
+        raise ValueError(f"Unknown engine {engine!r}; choose 'auto' or 'svi'.")
+    if columns and isinstance(columns[0], Tensor) and columns[0].dim() and len(columns[0]) == 1:
+        raise ValueError("Training needs at least two observations; found one.")
