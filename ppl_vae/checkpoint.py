@@ -32,7 +32,11 @@ def save(story: Story, path: str | os.PathLike[str]) -> None:
     Raises:
         OSError: when the file cannot be written.
     """
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in story.state_dict().items()}
+    # Copies, because safetensors refuses tensors that are parts of one another.
+    weights = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in story.state_dict().items()
+    }
     ties = _ties(story.state_dict())
     about: dict[str, Any] = {"format": FORMAT, "ppl_vae": ppl_vae.__version__, "ties": ties}
     if (made_from := getattr(story, "configuration", None)) is not None:
@@ -99,7 +103,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         with safetensors.safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get("about", "{}"))
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
+    except (safetensors.SafetensorError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} is not a whole checkpoint: {error}.") from None
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         found = about.get("format") if isinstance(about, dict) else None
@@ -134,4 +138,7 @@ def _fill(path: str | os.PathLike[str], story: Any, weights: dict[str, Tensor], 
                 f"{str(path)!r} belongs to another story: {name!r} has the shape {found.get(name, 'none')} in the file "
                 f"and {expected.get(name, 'none')} in the story."
             )
-    story.load_state_dict(weights, assign=assign)
+    try:
+        story.load_state_dict(weights, assign=assign)
+    except RuntimeError as error:
+        raise ValueError(f"{str(path)!r} does not fit its story: {' '.join(str(error).split())}") from error

@@ -5,7 +5,8 @@ came, and what to do.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from typing import Any
 
@@ -54,7 +55,8 @@ def check(story: Story, *columns: Tensor, transform: Transform | None = None) ->
     >>> check(vae, torch.linspace(0, 0.9, 50).reshape(10, 5))
     Traceback (most recent call last):
         ...
-    ValueError: x has values between 0 and 0.9; Bernoulli is a distribution over 0 and 1. Binarize ...
+    ValueError: x has values between 0 and 0.9; Bernoulli is a distribution over 0 and 1 (the first outside is in row 0,
+    column 1). Binarize (transform=torch.bernoulli, or binarization='static'), or use likelihoods.Normal.
     """
     dry_run(story, *columns, transform=transform, gradients=True)
 
@@ -67,19 +69,28 @@ def dry_run(
     check_columns(names, columns)
     device, _ = traces.device_and_dtype(story)
     rows = traces.to_story(story, tuple(column[torch.arange(2) % len(column)] for column in columns))
-    buffers = {name: buffer.clone() for name, buffer in story.named_buffers()}
-    with noise.unit(device, 0, noise.Purpose.CHECK), traces.scoring(story):
+    with noise.unit(device, 0, noise.Purpose.CHECK), traces.scoring(story), _kept_buffers(story):
         if transform is not None:
-            rows = (transform(rows[0]), *rows[1:])
+            rows = (_transformed(transform, names[0], rows[0]), *rows[1:])
         with torch.set_grad_enabled(gradients):
             model_trace, guide_trace = _run(story, names, rows)
             _check_traces(story, model_trace, guide_trace)
+            _check_support_of_data(story, model_trace, dict(zip(names, columns, strict=True)), rows, transform)
+            _check_finite_log_probs(model_trace, guide_trace)
             if gradients:
                 _check_gradients(story, model_trace, guide_trace)
-        _check_support_of_data(story, model_trace, dict(zip(names, columns, strict=False)), rows, transform)
-        for name, buffer in story.named_buffers():
-            buffer.copy_(buffers[name])
     return {name: site["fn"].event_shape for name, site in observed_sites(model_trace).items()}
+
+
+@contextmanager
+def _kept_buffers(story: Story) -> Iterator[None]:
+    """Inside, a run may move buffers; afterwards they hold what they held."""
+    before = {name: buffer.clone() for name, buffer in story.named_buffers()}
+    try:
+        yield
+    finally:
+        for name, buffer in story.named_buffers():
+            buffer.copy_(before[name])
 
 
 # The data
@@ -124,13 +135,31 @@ def _check_finite(name: str, column: Tensor, masks: list[Tensor]) -> None:
     for mask in masks:
         bad &= mask.to(bad.device)
     if bad.any():
-        row, *position = bad.nonzero()[0].tolist()
-        place = f"row {row}" + (f", column {', '.join(map(str, position))}" if position else "")
         num_rows = int(bad.reshape(len(bad), -1).any(1).sum())
         raise ValueError(
-            f"{name} is {column[(row, *position)].item()} in {place} ({num_rows} of {len(bad)} rows are not finite). "
+            f"{name} is {column[bad][0].item()} in {_first_place(bad)} ({num_rows} of {len(bad)} rows are not finite). "
             "Remove these rows, or tell a story that reads a mask column which values are missing."
         )
+
+
+def _first_place(bad: Tensor, first_row: int = 0) -> str:
+    """Row and column of the first True, in words."""
+    row, *position = bad.nonzero()[0].tolist()
+    return f"row {first_row + row}" + (f", column {', '.join(map(str, position))}" if position else "")
+
+
+def _transformed(transform: Transform, name: str, column: Tensor) -> Tensor:
+    try:
+        return transform(column)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"transform fails on {name}, with values between {column.min():.3g} and {column.max():.3g}: "
+            f"{_reason(error)}. Scale {name} to what the transform takes (torch.bernoulli: 0 to 1), or leave it out."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
 
 
 def _check_support_of_data(
@@ -143,13 +172,14 @@ def _check_support_of_data(
         if not scored or whole is None:
             _check_values(name, site["fn"], site["fn"].support, site["value"])
             continue
-        (position,) = scored[:1]
-        column_name, column = list(columns.items())[position]
-        for chunk in column.split(ROWS_AT_ONCE):
-            (chunk,) = traces.to_story(story, (chunk,))
-            if transform is not None and position == 0:
-                column_name, chunk = f"transform({column_name})", transform(chunk)
-            _check_values(column_name, site["fn"], whole, chunk)
+        column_name, column = list(columns.items())[scored[0]]
+        transformed = transform is not None and scored[0] == 0
+        for first_row in range(0, len(column), ROWS_AT_ONCE):
+            (chunk,) = traces.to_story(story, (column[first_row : first_row + ROWS_AT_ONCE],))
+            if transformed:
+                chunk = _transformed(transform, column_name, chunk)
+            shown = f"transform({column_name})" if transformed else column_name
+            _check_values(shown, site["fn"], whole, chunk, first_row)
 
 
 def _whole_column_constraint(distribution: dist.TorchDistribution) -> Any:
@@ -163,13 +193,22 @@ def _whole_column_constraint(distribution: dist.TorchDistribution) -> Any:
     return constraint
 
 
-def _check_values(name: str, distribution: dist.TorchDistribution, support: Any, values: Tensor) -> None:
-    if not bool(support.check(values).all()):
+def _check_values(
+    name: str, distribution: dist.TorchDistribution, support: Any, values: Tensor, first_row: int = 0
+) -> None:
+    if bool((bad := ~torch.isfinite(values)).any()):
+        raise ValueError(
+            f"{name} is {values[bad][0].item()} in {_first_place(bad, first_row)}, where the model scores it. Fill "
+            "missing values (torch.where) before the distribution and mask after it: a mask alone leaves NaN gradients."
+        )
+    if bool((bad := ~support.check(values)).any()):
         family = _family(distribution)
-        over = "0 and 1" if _base_constraint(support) is constraints.boolean else str(_base_constraint(support))
+        constraint = _base_constraint(support)
+        over = "0 and 1" if isinstance(constraint, type(constraints.boolean)) else str(constraint)
         raise ValueError(
             f"{name} has values between {values.min():.3g} and {values.max():.3g}; {family} is a distribution over "
-            f"{over}. {REMEDIES.get(family, 'Use a likelihood with the support of the data.')}"
+            f"{over} (the first outside is in {_first_place(bad, first_row)}). "
+            f"{REMEDIES.get(family, 'Use a likelihood with the support of the data.')}"
         )
 
 
@@ -183,10 +222,10 @@ def _run(story: Story, names: Sequence[str], rows: tuple[Tensor, ...]) -> tuple[
             trace.compute_log_prob()
     except (RuntimeError, ValueError, IndexError) as error:
         shapes = ", ".join(f"{name} {tuple(row.shape)}" for name, row in zip(names, rows, strict=True))
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"The story does not run on two rows ({shapes}): {reason}. Compare the shapes that its networks take with "
-            "those of the data."
+            f"The story does not run on two rows ({shapes}): {_reason(error)}. Compare the shapes that its networks "
+            f'take with those of the data; pyro.plate("{PLATE}", len(x)) is as long as the columns, and not '
+            "subsampled; inner dimensions are declared with .to_event."
         ) from error
     return model_trace, guide_trace
 
@@ -196,9 +235,8 @@ def _check_traces(story: Story, model_trace: Trace, guide_trace: Trace) -> None:
     for trace in (model_trace, guide_trace):
         _check_parameters_are_owned(story, trace)
         for name, site in sample_sites(trace).items():
-            _check_plate(name, site)
             traces.refuse_scale(name, site)
-            _check_finite_log_prob(name, site, "model" if trace is model_trace else "guide")
+            _check_plate(name, site)
     for name, site in observed_sites(model_trace).items():
         _check_observation(name, site)
     for name, site in sample_sites(guide_trace).items():
@@ -249,13 +287,15 @@ def _check_plate(name: str, site: Site) -> None:
         )
 
 
-def _check_finite_log_prob(name: str, site: Site, story_part: str) -> None:
-    if not bool(torch.isfinite(site["log_prob"]).all()):
-        found = site["log_prob"].detach().tolist()
-        raise ValueError(
-            f"Site {name!r} of the {story_part} has the log probabilities {found} on two rows; expected finite "
-            "numbers. Look for a scale of zero, a logarithm of zero, or data outside the support."
-        )
+def _check_finite_log_probs(model_trace: Trace, guide_trace: Trace) -> None:
+    for trace, part in ((model_trace, "model"), (guide_trace, "guide")):
+        for name, site in sample_sites(trace).items():
+            if not bool(torch.isfinite(site["log_prob"]).all()):
+                found = site["log_prob"].detach().tolist()
+                raise ValueError(
+                    f"Site {name!r} of the {part} has the log probabilities {found} on two rows; expected finite "
+                    "numbers. Look for a scale of zero, a logarithm of zero, or data outside the support."
+                )
 
 
 def _check_observation(name: str, site: Site) -> None:
@@ -282,8 +322,9 @@ def _check_same_support(name: str, prior: dist.TorchDistribution, guide: dist.To
 
 
 def _check_gradients(story: Story, model_trace: Trace, guide_trace: Trace) -> None:
-    total = traces.log_prob(model_trace, sample_sites(model_trace)).sum()
-    total = total - traces.log_prob(guide_trace, sample_sites(guide_trace)).sum()
+    log_p = sum((site["log_prob"].sum() for site in sample_sites(model_trace).values()), torch.zeros(()))
+    log_q = sum((site["log_prob"].sum() for site in sample_sites(guide_trace).values()), torch.zeros(()))
+    total = log_p - log_q
     trained = {name: parameter for name, parameter in story.named_parameters() if parameter.requires_grad}
     if trained and total.requires_grad:
         gradients = torch.autograd.grad(total, list(trained.values()), allow_unused=True)

@@ -132,10 +132,9 @@ def _train(options: argparse.Namespace) -> None:
     dataset = runs.load_data(data, binarized=options.likelihood == "bernoulli", seed=training.seed)
     event_shape = tuple(dataset.event_shape)
     story = StoryConfiguration(event_shape=event_shape, **(_values(options, StoryConfiguration) | parts))
-    say(str(dataset))
     wanted = configuration.RunConfiguration(data, story, training)
     results = runs.train(wanted, dataset, folder, options.device, say)
-    print(json.dumps(results) if options.json else _report(results))
+    print(runs.as_json(results) if options.json else _report(results))
 
 
 def _report(results: dict[str, Any]) -> str:

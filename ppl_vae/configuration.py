@@ -5,6 +5,7 @@ checked: unknown words are refused, and no word is ever looked up outside the ta
 story is built, so that the command line answers before that.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, cast, get_args
@@ -76,6 +77,7 @@ class Normal:
     def __post_init__(self) -> None:
         if isinstance(self.scale, str) and self.scale not in SCALES:
             raise ValueError(f"likelihood.scale is a number or one of {', '.join(SCALES)}; found {self.scale!r}.")
+        _positive(self, "floor", "initial", *(() if isinstance(self.scale, str) else ("scale",)))
 
     def build(self, network: "MakeNetwork", event_shape: tuple[int, ...]) -> "nn.Module":
         import torch
@@ -98,6 +100,9 @@ class DiagonalNormal:
     """q(z | x) = Normal with independent dimensions"""
 
     floor: float = option(1e-4, "smallest standard deviation")
+
+    def __post_init__(self) -> None:
+        _positive(self, "floor")
 
     def build(self, network: "Callable[[int], nn.Module]", latent_dim: int) -> "nn.Module":
         from ppl_vae import posteriors
@@ -144,6 +149,9 @@ class Convolutional:
 
         return networks.convolutional_decoder(latent_dim, *reversed(self.channels), image=event_shape)
 
+
+# The longest list of sizes that is believed.
+MOST_SIZES = 100
 
 # What each word stands for: the first is the default.
 CHOICES: dict[str, dict[str, type]] = {
@@ -199,8 +207,9 @@ class TrainingConfiguration:
 
     def __post_init__(self) -> None:
         _at_least(self, epochs=1, batch_size=1, kl_warmup=0, num_particles=1, seed=0)
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive; found {self.learning_rate}.")
+        if self.patience is not None:
+            _at_least(self, patience=1)
+        _positive(self, "learning_rate")
 
 
 @dataclass(frozen=True)
@@ -218,8 +227,17 @@ def _at_least(configuration: Any, **least: int) -> None:
             raise ValueError(f"{name} must be at least {value}; found {getattr(configuration, name)}.")
 
 
+def _positive(configuration: Any, *names: str) -> None:
+    for name in names:
+        if not 0 < (value := getattr(configuration, name)) < math.inf:
+            raise ValueError(f"{name} must be positive and finite; found {value}.")
+
+
 def build(configuration: StoryConfiguration, seed: int = 0) -> "VAE":
     """The story that a configuration describes, its initial weights a function of the seed.
+
+    Raises:
+        ValueError: when there is no such story, or no memory for it.
 
     >>> story = build(StoryConfiguration(event_shape=(1, 28, 28), network=Mlp(hidden_dims=(64,))))
     >>> story.model(num_observations=3).shape
@@ -231,12 +249,15 @@ def build(configuration: StoryConfiguration, seed: int = 0) -> "VAE":
     from ppl_vae.vae import VAE
 
     latent_dim, event_shape, network = configuration.latent_dim, configuration.event_shape, configuration.network
-    with noise.unit(torch.device("cpu"), seed, noise.Purpose.INITIAL_WEIGHTS):
-        story = VAE(
-            prior=configuration.prior.build(latent_dim),
-            decoder=configuration.likelihood.build(lambda: network.decoder(latent_dim, event_shape), event_shape),
-            encoder=configuration.posterior.build(lambda output: network.encoder(event_shape, output), latent_dim),
-        )
+    try:
+        with noise.unit(torch.device("cpu"), seed, noise.Purpose.INITIAL_WEIGHTS):
+            story = VAE(
+                prior=configuration.prior.build(latent_dim),
+                decoder=configuration.likelihood.build(lambda: network.decoder(latent_dim, event_shape), event_shape),
+                encoder=configuration.posterior.build(lambda output: network.encoder(event_shape, output), latent_dim),
+            )
+    except (RuntimeError, TypeError) as error:  # how torch says that a size is beyond its memory, or its integers
+        raise ValueError(f"A story of these sizes cannot be built: {str(error).splitlines()[0]}.") from error
     story.configuration = configuration
     return story
 
@@ -286,9 +307,9 @@ def from_json(table: Any, kind: type = StoryConfiguration) -> Any:
 
 def choice(slot: str, word: object) -> type:
     """The configuration that a word stands for; ValueError naming the choices if it stands for none."""
-    if word not in CHOICES[slot]:
+    if not isinstance(word, str) or word not in CHOICES[slot]:
         raise ValueError(f"Unknown {slot} {word!r}; choose one of {', '.join(CHOICES[slot])}.")
-    return CHOICES[slot][str(word)]
+    return CHOICES[slot][word]
 
 
 def _value(name: str, value: Any, kind: Any) -> Any:
@@ -296,10 +317,13 @@ def _value(name: str, value: Any, kind: Any) -> Any:
         return from_json({key: part for key, part in value.items() if key != "name"}, choice(name, value.get("name")))
     if is_dataclass(kind):
         return from_json(value, cast(type, kind))
-    if kind == tuple[int, ...] and isinstance(value, list) and all(type(part) is int and part > 0 for part in value):
-        return tuple(value)
-    if kind is float and type(value) is int:
+    if kind == tuple[int, ...]:
+        if isinstance(value, list) and len(value) <= MOST_SIZES and all(type(part) is int and part > 0 for part in value):
+            return tuple(value)
+        raise ValueError(f"{name} must be a list of at most {MOST_SIZES} positive whole numbers; found {value!r:.80}.")
+    kinds = get_args(kind) or (kind,)
+    if float in kinds and type(value) is int:
         return float(value)
-    if type(value) in (get_args(kind) or (kind,)):
+    if type(value) in kinds:
         return value
     raise ValueError(f"{name} must be of type {getattr(kind, '__name__', kind)}; found {value!r}.")

@@ -32,8 +32,9 @@ def learning_curve(history: History) -> Figure:
             history.best_epoch, color="gray", lw=0.8, ls="--", label=f"weights kept (epoch {history.best_epoch})"
         )
         shown = np.concatenate([shown, history["validation_elbo"]])
-    if len(history) > 4:  # the first epochs would flatten all that follows
-        axes.set_ylim(bottom=np.nanquantile(shown, 0.05), top=np.nanmax(shown) + 0.05 * np.ptp(shown))
+    finite = shown[np.isfinite(shown)]  # an epoch that took no step has none
+    if len(history) > 4 and np.ptp(finite) > 0:  # the first epochs would flatten all that follows
+        axes.set_ylim(bottom=np.quantile(finite, 0.05), top=finite.max() + 0.05 * np.ptp(finite))
     axes.set(xlabel="epoch", ylabel="ELBO (nats per observation)")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
@@ -61,6 +62,15 @@ def draw_observations(story: VAE, num_observations: int, seed: int = 0) -> tuple
         z = story.prior().expand([num_observations]).sample()
         likelihood = story.decoder(z)
         return z, likelihood.mean, likelihood.sample()
+
+
+def are_images(x: Tensor) -> bool:
+    """Whether observations can be shown: ``(N, colours, height, width)`` with one colour, or three.
+
+    >>> are_images(torch.zeros(5, 1, 28, 28)), are_images(torch.zeros(5, 2, 28, 28)), are_images(torch.zeros(5, 784))
+    (True, False, False)
+    """
+    return x.dim() == 4 and x.shape[1] in (1, 3)
 
 
 def image_panels(panels: dict[str, Tensor], columns: int = 8) -> Figure:

@@ -5,6 +5,7 @@ The folder holds ``config.json`` (what was asked for, and which data), ``metrics
 """
 
 import json
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -52,9 +53,9 @@ def train(
     refuse_used(folder)
     training, transform = wanted.training, torch.bernoulli if dataset.binarization == "dynamic" else None
     story = configuration.build(wanted.story, training.seed).to(torch_device(device))
-    checks.check(story, dataset.train.x, transform=transform)
-    checks.check(story, dataset.test.x)
+    _check_data(story, dataset, transform)
     _begin(folder, wanted, dataset)
+    say(str(dataset))
 
     started = time.perf_counter()
     history = fit(
@@ -83,6 +84,16 @@ def train(
     return {"run": str(folder)} | results
 
 
+def as_json(table: dict[str, Any], indent: int | None = None) -> str:
+    """A table as JSON, in which there is no NaN or infinity: null stands for them.
+
+    >>> as_json({"test_elbo": -44.5, "test_sampling_error": float("nan")})
+    '{"test_elbo": -44.5, "test_sampling_error": null}'
+    """
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in table.items()}
+    return json.dumps(finite, indent=indent, allow_nan=False)
+
+
 def sample(run: Path, out: Path, num_observations: int, seed: int, device: str | None = None) -> list[Path]:
     """Draws new observations from a run's story into ``out``.npz, and .png if they are images; returns the files."""
     story = load(run / STORY, device=torch_device(device))
@@ -90,7 +101,7 @@ def sample(run: Path, out: Path, num_observations: int, seed: int, device: str |
     out.parent.mkdir(parents=True, exist_ok=True)
     files = [out.with_suffix(".npz")]
     np.savez_compressed(files[0], x=x.numpy(), mean=mean.numpy(), z=z.numpy())
-    if x.dim() == 4:
+    if plots.are_images(x):
         files.append(out.with_suffix(".png"))
         plots.image_panels({"mean of p(x | z), z ~ p(z)": mean, "x ~ p(x | z)": x}).savefig(files[1], dpi=110)
     return files
@@ -100,9 +111,9 @@ def torch_device(name: str | None) -> torch.device:
     """The device of this name, the CPU for None; ValueError when it is not there."""
     try:
         device = torch.device(name or "cpu")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+        torch.zeros((), device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0]
         raise ValueError(f"The device {name!r} is not there ({reason}). Use cpu, or cuda where there is one.") from None
     return device
 
@@ -114,6 +125,15 @@ def refuse_used(folder: Path) -> None:
         raise FileExistsError(f"{str(folder)!r} {what}. Choose another --out, or leave it out for a fresh folder.")
 
 
+def _check_data(story: VAE, dataset: Dataset, transform: checks.Transform | None) -> None:
+    """Everything that could be wrong with the data is found here, before there is a folder."""
+    if len(dataset.train.x) < 2:
+        raise ValueError(f"Training needs at least two observations; the splits of {dataset.name} leave one.")
+    checks.check(story, dataset.train.x, transform=transform)
+    for held_out in (dataset.validation, dataset.test):
+        checks.check(story, held_out.x)
+
+
 def _begin(folder: Path, wanted: RunConfiguration, dataset: Dataset) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     about = {"format": FORMAT, "ppl_vae": ppl_vae.__version__, "torch": str(torch.__version__)}
@@ -122,7 +142,7 @@ def _begin(folder: Path, wanted: RunConfiguration, dataset: Dataset) -> None:
 
 def _append_metrics(folder: Path, story: object, row: Row) -> None:
     with (folder / METRICS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(as_json(row) + "\n")
 
 
 def _results(history: History, seconds: float, elbo: Evidence, evidence: Evidence) -> dict[str, Any]:
@@ -158,7 +178,7 @@ def _floor(story: VAE, dataset: Dataset) -> dict[str, Any]:
 def _pictures(story: VAE, history: History, dataset: Dataset) -> dict[str, Figure]:
     figures = {"learning_curve.png": plots.learning_curve(history)}
     (x,) = traces.to_story(story, (dataset.test.x,))
-    if x.dim() == 4:
+    if plots.are_images(x):
         figures["samples.png"] = plots.samples(story)
         figures["reconstructions.png"] = plots.reconstructions(story, x[:PICTURED])
         if story.configuration.latent_dim == 2:
@@ -167,4 +187,4 @@ def _pictures(story: VAE, history: History, dataset: Dataset) -> dict[str, Figur
 
 
 def _write_json(path: Path, table: dict[str, Any]) -> None:
-    write_atomically(path, (json.dumps(table, indent=2) + "\n").encode())
+    write_atomically(path, (as_json(table, indent=2) + "\n").encode())

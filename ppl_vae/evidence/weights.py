@@ -116,8 +116,9 @@ class WeightSums:
         https://arxiv.org/abs/1507.02646. Infinite where the tail is too short to tell; minus infinity where the weights
         are constant, the best case.
         """
-        k = torch.tensor([_tail_shape(column) for column in self.tail.T], dtype=torch.float64)
-        return torch.where(self.constant, -torch.inf, k)
+        columns = zip(self.tail.T, self.constant.tolist(), strict=True)
+        shapes = [-math.inf if constant else _tail_shape(tail) for tail, constant in columns]
+        return torch.tensor(shapes, dtype=torch.float64)
 
     def verdicts(self) -> list[Verdict]:
         """How far the importance sampling estimate and its standard error are to be believed."""
@@ -135,7 +136,7 @@ class NonFiniteWeightsError(ValueError):
 def _tail_shape(tail: Tensor) -> float:
     """k-hat from the largest log weights, in descending order; the last one is the threshold."""
     excess = torch.exp(tail - tail[0]) - torch.exp(tail[-1] - tail[0])
-    excess = excess[excess > 0]
+    excess = excess[excess > torch.finfo(torch.float64).tiny]
     if len(excess) < SMALLEST_TAIL:
         return math.inf
     return fit_generalized_pareto(excess)[0]
