@@ -203,11 +203,9 @@ def _check_values(
         )
     if bool((bad := ~support.check(values)).any()):
         family = _family(distribution)
-        constraint = _base_constraint(support)
-        over = "0 and 1" if isinstance(constraint, type(constraints.boolean)) else str(constraint)
         raise ValueError(
             f"{name} has values between {values.min():.3g} and {values.max():.3g}; {family} is a distribution over "
-            f"{over} (the first outside is in {_first_place(bad, first_row)}). "
+            f"{_numbers(support)} (the first outside is in {_first_place(bad, first_row)}). "
             f"{REMEDIES.get(family, 'Use a likelihood with the support of the data.')}"
         )
 
@@ -259,11 +257,24 @@ def _check_sites(model_trace: Trace, guide_trace: Trace) -> None:
 def _check_parameters_are_owned(story: Story, trace: Trace) -> None:
     owned = {id(parameter) for _, parameter in story.named_parameters()}
     for name, site in traces.nodes(trace).items():
-        if site["type"] == "param" and id(site["value"].unconstrained()) not in owned:
+        if site["type"] != "param":
+            continue
+        if id(_stored(site)) not in owned:
             raise ValueError(
                 f"pyro.param({name!r}) does not belong to the story and would not be saved with it. Make it an "
                 "nn.Parameter, or a PyroParam of a PyroModule, that the story holds."
             )
+        meant = site["args"][-1]
+        if id(meant) in owned and meant is not _stored(site):
+            raise ValueError(
+                f"Two parameters of the story share the name {name!r} in Pyro's store, where the second would never "
+                "train. Make the parts plain nn.Modules, or the story a PyroModule, so that each has a name of its own."
+            )
+
+
+def _stored(param_site: Site) -> Tensor:
+    """The tensor that Pyro's store holds for a parameter."""
+    return param_site["value"].unconstrained()
 
 
 def _check_plate(name: str, site: Site) -> None:
@@ -315,9 +326,9 @@ def _check_same_support(name: str, prior: dist.TorchDistribution, guide: dist.To
         )
     if _region(prior.support) != _region(guide.support):
         raise ValueError(
-            f"The model draws {name!r} from {_family(prior)} over {_base_constraint(prior.support)}, the guide from "
-            f"{_family(guide)} over {_base_constraint(guide.support)}. The guide must cover what the prior covers, and "
-            "no more: choose a family with that support, or transform one."
+            f"The model draws {name!r} from {_family(prior)} over {_numbers(prior.support)}, the guide from "
+            f"{_family(guide)} over {_numbers(guide.support)}. The guide must cover what the prior covers, and no more: "
+            "choose a family with that support, or transform one."
         )
 
 
@@ -333,7 +344,7 @@ def _check_gradients(story: Story, model_trace: Trace, guide_trace: Trace) -> No
     if idle := [name for name, gradient in zip(trained, gradients, strict=True) if gradient is None]:
         raise ValueError(
             f"{len(idle)} of {len(trained)} parameters receive no gradient, {idle[0]!r} first. Use it in the model or "
-            "the guide (two parts must not share a name in Pyro's store), remove it, or call requires_grad_(False)."
+            "the guide, remove it, or call requires_grad_(False)."
         )
 
 
@@ -354,11 +365,27 @@ def _base_constraint(constraint: Any) -> Any:
     return constraint
 
 
+def _bounds(constraint: Any) -> tuple[list[float], list[float]] | None:
+    """The lower and the upper ends of an interval, more than one where they differ by row; None for other regions."""
+    if not (hasattr(constraint, "lower_bound") or hasattr(constraint, "upper_bound")):
+        return None
+    ends = getattr(constraint, "lower_bound", -torch.inf), getattr(constraint, "upper_bound", torch.inf)
+    low, high = (torch.as_tensor(end, dtype=torch.float64).unique().tolist() for end in ends)
+    return low, high
+
+
 def _region(constraint: Any) -> object:
     """Equal for two constraints that admit the same numbers; bounds are compared, open or closed ends are not."""
     constraint = _base_constraint(constraint)
-    if hasattr(constraint, "lower_bound") or hasattr(constraint, "upper_bound"):
-        ends = (getattr(constraint, "lower_bound", -torch.inf), getattr(constraint, "upper_bound", torch.inf))
-        bounds = tuple(tuple(torch.as_tensor(end, dtype=torch.float64).unique().tolist()) for end in ends)
-        return constraint.is_discrete, bounds
-    return constraint.is_discrete, type(constraint).__name__.removesuffix("_vector")
+    return constraint.is_discrete, _bounds(constraint) or type(constraint).__name__.removesuffix("_vector")
+
+
+def _numbers(constraint: Any) -> str:
+    """What a constraint admits, in words."""
+    constraint = _base_constraint(constraint)
+    if isinstance(constraint, type(constraints.boolean)):
+        return "0 and 1"
+    kind = "whole numbers" if constraint.is_discrete else "numbers"
+    if bounds := _bounds(constraint):
+        return f"{kind} from {bounds[0][0]:g} to {bounds[1][-1]:g}"
+    return f"{type(constraint).__name__.strip('_').lower()} {kind}"

@@ -151,7 +151,7 @@ class Convolutional:
 
 
 # The longest list of sizes that is believed.
-MOST_SIZES = 100
+MOST_SIZES = 1000
 
 # What each word stands for: the first is the default.
 CHOICES: dict[str, dict[str, type]] = {
@@ -197,16 +197,16 @@ class DataConfiguration:
 class TrainingConfiguration:
     """How long and how fast a story is trained, and how many particles judge it."""
 
-    epochs: int = option(100, "passes over the training data")
-    batch_size: int = option(128, "observations per step")
-    learning_rate: float = option(1e-3, "of Adam")
+    epochs: int = option(200, "passes over the training data")
+    batch_size: int = option(64, "observations per step")
+    learning_rate: float = option(2e-3, "of Adam")
     kl_warmup: int = option(0, "epochs over which the latent terms grow to full weight")
-    patience: int | None = option(None, "stop after so many epochs without a better validation ELBO", int)
+    patience: int = option(25, "stop after so many epochs without a better validation ELBO; 0 never stops early")
     num_particles: int = option(1000, "draws per observation behind each estimate of log p(x)")
     seed: int = option(0, "rules splits, binarization, initial weights, order and noise")
 
     def __post_init__(self) -> None:
-        _at_least(self, epochs=1, batch_size=1, kl_warmup=0, num_particles=1, seed=0)
+        _at_least(self, epochs=1, batch_size=1, kl_warmup=0, patience=0, num_particles=1, seed=0)
         if self.patience is not None:
             _at_least(self, patience=1)
         _positive(self, "learning_rate")

@@ -67,7 +67,7 @@ def train(
         optimizer=partial(torch.optim.Adam, lr=training.learning_rate),
         transform=transform,
         kl_warmup=training.kl_warmup,
-        patience=training.patience,
+        patience=training.patience or None,
         callbacks=[partial(_append_metrics, folder)],
         seed=training.seed,
     )
