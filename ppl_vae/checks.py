@@ -173,12 +173,12 @@ def _check_support_of_data(
             _check_values(name, site["fn"], site["fn"].support, site["value"])
             continue
         column_name, column = list(columns.items())[scored[0]]
-        transformed = transform is not None and scored[0] == 0
+        change = transform if scored[0] == 0 else None
         for first_row in range(0, len(column), ROWS_AT_ONCE):
             (chunk,) = traces.to_story(story, (column[first_row : first_row + ROWS_AT_ONCE],))
-            if transformed:
-                chunk = _transformed(transform, column_name, chunk)
-            shown = f"transform({column_name})" if transformed else column_name
+            if change is not None:
+                chunk = _transformed(change, column_name, chunk)
+            shown = column_name if change is None else f"transform({column_name})"
             _check_values(shown, site["fn"], whole, chunk, first_row)
 
 
@@ -327,8 +327,8 @@ def _check_same_support(name: str, prior: dist.TorchDistribution, guide: dist.To
     if _region(prior.support) != _region(guide.support):
         raise ValueError(
             f"The model draws {name!r} from {_family(prior)} over {_numbers(prior.support)}, the guide from "
-            f"{_family(guide)} over {_numbers(guide.support)}. The guide must cover what the prior covers, and no more: "
-            "choose a family with that support, or transform one."
+            f"{_family(guide)} over {_numbers(guide.support)}. The guide must cover what the prior covers, and "
+            "no more: choose a family with that support, or transform one."
         )
 
 

@@ -118,7 +118,7 @@ class DiagonalNormal:
 class Mlp:
     """multilayer perceptrons"""
 
-    hidden_dims: tuple[int, ...] = option((400, 400), "sizes of the hidden layers, such as 400,400", whole_numbers)
+    hidden_dims: tuple[int, ...] = option((256, 256), "sizes of the hidden layers, such as 400,400", whole_numbers)
 
     def encoder(self, event_shape: tuple[int, ...], output: int) -> "nn.Module":
         from ppl_vae import networks
@@ -207,8 +207,6 @@ class TrainingConfiguration:
 
     def __post_init__(self) -> None:
         _at_least(self, epochs=1, batch_size=1, kl_warmup=0, patience=0, num_particles=1, seed=0)
-        if self.patience is not None:
-            _at_least(self, patience=1)
         _positive(self, "learning_rate")
 
 
@@ -318,9 +316,10 @@ def _value(name: str, value: Any, kind: Any) -> Any:
     if is_dataclass(kind):
         return from_json(value, cast(type, kind))
     if kind == tuple[int, ...]:
-        if isinstance(value, list) and len(value) <= MOST_SIZES and all(type(part) is int and part > 0 for part in value):
-            return tuple(value)
-        raise ValueError(f"{name} must be a list of at most {MOST_SIZES} positive whole numbers; found {value!r:.80}.")
+        if not isinstance(value, list) or len(value) > MOST_SIZES or any(type(v) is not int or v < 1 for v in value):
+            found = f"{value!r:.80}"
+            raise ValueError(f"{name} must be a list of at most {MOST_SIZES} positive whole numbers; found {found}.")
+        return tuple(value)
     kinds = get_args(kind) or (kind,)
     if float in kinds and type(value) is int:
         return float(value)

@@ -7,7 +7,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ppl_vae import noise, traces
+from ppl_vae import traces
+from ppl_vae.traces import Story
 from ppl_vae.training import History
 from ppl_vae.vae import VAE
 
@@ -41,35 +42,21 @@ def learning_curve(history: History) -> Figure:
     return figure
 
 
-def samples(story: VAE, num_observations: int = 64, seed: int = 0) -> Figure:
-    """New observations: the mean of p(x | z) for draws z of the prior, and a draw x from each."""
-    _, means, draws = draw_observations(story, num_observations, seed)
-    return image_panels({"mean of p(x | z), z ~ p(z)": means, "x ~ p(x | z)": draws})
+def samples(story: Story, num_observations: int = 64, seed: int = 0) -> Figure:
+    """New images: the mean of p(x | z) for draws z of the prior, and a draw x from each."""
+    site = traces.nodes(traces.prior_predictive(story, num_observations, seed=seed))["x"]
+    return image_panels({"mean of p(x | z), z ~ p(z)": site["fn"].mean, "x ~ p(x | z)": site["value"]})
 
 
-def reconstructions(story: VAE, x: Tensor, seed: int = 0) -> Figure:
-    """Observations, the mean of p(x | z) for one z ~ q(z | x) of each, and an observation drawn from it."""
-    with noise.unit(x.device, seed, noise.Purpose.PREDICTIVE), traces.scoring(story):
-        likelihood = story.decoder(story.encoder(x).sample())
-        means, draws = likelihood.mean, likelihood.sample()
-    return image_panels({"x": x, "mean of p(x | z), z ~ q(z | x)": means, "draw of p(x | z)": draws}, columns=4)
-
-
-def draw_observations(story: VAE, num_observations: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents z ~ p(z), the means of p(x | z), and draws x; shapes ``(N, K)``, ``(N, *event)``, ``(N, *event)``."""
-    device, _ = traces.device_and_dtype(story)
-    with noise.unit(device, seed, noise.Purpose.PREDICTIVE), traces.scoring(story):
-        z = story.prior().expand([num_observations]).sample()
-        likelihood = story.decoder(z)
-        return z, likelihood.mean, likelihood.sample()
+def reconstructions(story: Story, x: Tensor, *conditions: Tensor, seed: int = 0) -> Figure:
+    """Images, the mean of p(x | z) for one z ~ q(z | x) of each, and an image drawn from it."""
+    site = traces.nodes(traces.posterior_predictive(story, x, *conditions, seed=seed))["x"]
+    panels = {"x": x, "mean of p(x | z), z ~ q(z | x)": site["fn"].mean, "x ~ p(x | z)": site["value"]}
+    return image_panels(panels, columns=4)
 
 
 def are_images(x: Tensor) -> bool:
-    """Whether observations can be shown: ``(N, colours, height, width)`` with one colour, or three.
-
-    >>> are_images(torch.zeros(5, 1, 28, 28)), are_images(torch.zeros(5, 2, 28, 28)), are_images(torch.zeros(5, 784))
-    (True, False, False)
-    """
+    """Whether observations can be shown as pictures: ``(N, colours, height, width)`` with one colour or three."""
     return x.dim() == 4 and x.shape[1] in (1, 3)
 
 

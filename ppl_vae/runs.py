@@ -97,13 +97,13 @@ def as_json(table: dict[str, Any], indent: int | None = None) -> str:
 def sample(run: Path, out: Path, num_observations: int, seed: int, device: str | None = None) -> list[Path]:
     """Draws new observations from a run's story into ``out``.npz, and .png if they are images; returns the files."""
     story = load(run / STORY, device=torch_device(device))
-    z, mean, x = (tensor.cpu() for tensor in plots.draw_observations(story, num_observations, seed))
+    draws = traces.draws(traces.prior_predictive(story, num_observations, seed=seed))
     out.parent.mkdir(parents=True, exist_ok=True)
     files = [out.with_suffix(".npz")]
-    np.savez_compressed(files[0], x=x.numpy(), mean=mean.numpy(), z=z.numpy())
-    if plots.are_images(x):
+    np.savez_compressed(files[0], allow_pickle=False, **{name: draw.cpu().numpy() for name, draw in draws.items()})
+    if plots.are_images(draws["x"]):
         files.append(out.with_suffix(".png"))
-        plots.image_panels({"mean of p(x | z), z ~ p(z)": mean, "x ~ p(x | z)": x}).savefig(files[1], dpi=110)
+        plots.samples(story, num_observations, seed).savefig(files[1], dpi=110)
     return files
 
 
@@ -129,9 +129,10 @@ def _check_data(story: VAE, dataset: Dataset, transform: checks.Transform | None
     """Everything that could be wrong with the data is found here, before there is a folder."""
     if len(dataset.train.x) < 2:
         raise ValueError(f"Training needs at least two observations; the splits of {dataset.name} leave one.")
-    checks.check(story, dataset.train.x, transform=transform)
-    for held_out in (dataset.validation, dataset.test):
-        checks.check(story, held_out.x)
+    # In the order of the source, so that a row has the number that the user knows it by.
+    order = torch.cat([dataset.indices[name] for name in dataset.splits]).argsort()
+    x = torch.cat([split.x for split in dataset.splits.values()])[order]
+    checks.check(story, x, transform=transform)
 
 
 def _begin(folder: Path, wanted: RunConfiguration, dataset: Dataset) -> None:

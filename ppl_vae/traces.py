@@ -16,6 +16,8 @@ from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
+from ppl_vae import noise
+
 Site = dict[str, Any]
 Columns = tuple[Tensor, ...]
 Layout = Literal["rows", "plate"]
@@ -189,15 +191,21 @@ def prior_log_weights(story: Story, columns: Columns, num_particles: int, layout
     return log_prob(model_trace, observed_sites(model_trace)).reshape(num_particles, -1)
 
 
-def draw_posterior(story: Story, *columns: Tensor) -> dict[str, Tensor]:
-    """One draw of every latent of the guide for each row, by site name."""
-    trace = poutine.trace(story.guide).get_trace(*columns)
+def draws(trace: Trace) -> dict[str, Tensor]:
+    """The value of each random variable, by site name."""
     return {name: site["value"] for name, site in sample_sites(trace).items()}
 
 
-def draw_posterior_predictive(story: Story, *columns: Tensor) -> dict[str, Tensor]:
-    """New observations from the guide's latents for each row, by site name; the model does not see the data again."""
-    guide_trace = poutine.trace(story.guide).get_trace(*columns)
-    retold = poutine.uncondition(poutine.replay(story.model, trace=guide_trace))
-    trace = poutine.trace(retold).get_trace(*columns)
-    return {name: site["value"] for name, site in sample_sites(trace).items() if name not in guide_trace.nodes}
+def prior_predictive(story: Story, num_observations: int, *, seed: int = 0) -> Trace:
+    """The model told without data: latents from the prior and new observations."""
+    device, _ = device_and_dtype(story)
+    with noise.unit(device, seed, noise.Purpose.PREDICTIVE), scoring(story):
+        return poutine.trace(story.model).get_trace(num_observations=num_observations)
+
+
+def posterior_predictive(story: Story, *columns: Tensor, seed: int = 0) -> Trace:
+    """The model told again with the guide's latents for each row: new observations, the data are not seen again."""
+    with noise.unit(columns[0].device, seed, noise.Purpose.PREDICTIVE), scoring(story):
+        guide_trace = poutine.trace(story.guide).get_trace(*columns)
+        retold = poutine.uncondition(poutine.replay(story.model, trace=guide_trace))
+        return poutine.trace(retold).get_trace(*columns)

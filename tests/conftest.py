@@ -1,8 +1,12 @@
 """Every test starts from the same seed, an empty parameter store and warnings that count as errors."""
 
-import pyro
-import pytest
-import torch
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads sleep, for busy machines
+
+import pyro  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
