@@ -151,6 +151,8 @@ def _report(results: dict[str, Any]) -> str:
         f" (k-hat below 0.4 in a pilot; median effective sample size"
         f" {results['median_ess']:.0f} of {results['num_particles']})",
     ]
+    if results["trusted_share"] < 1:
+        lines.append("  of the others it is probably too low: read the mean as a lower bound")
     if "scale_floor" in results:
         share = results["share_of_scales_on_floor"]
         lines.append(f"  {share:.1%} of the scales sit on their floor of {results['scale_floor']:g}")

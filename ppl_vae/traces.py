@@ -141,6 +141,14 @@ def refuse_scale(name: str, site: Site) -> None:
         )
 
 
+def scored_model(story: Story) -> Callable[..., Any]:
+    """The model, its sites marked ``infer={"enumerate": "parallel"}`` hidden from traces.
+
+    The guide does not draw them; drawn from the prior by the model itself, they cancel in a weight p / q.
+    """
+    return poutine.block(story.model, hide_fn=lambda message: message["infer"].get("enumerate") == "parallel")
+
+
 def as_rows(columns: Columns, num_particles: int) -> Columns:
     """Particles are rows: the columns repeated, so that particle s of observation n is row ``s * N + n``."""
     return tuple(column.repeat(num_particles, *(1 for _ in column.shape[1:])) for column in columns)
@@ -179,7 +187,8 @@ def fastest_layout(story: Story, rows: Columns) -> Layout:
 def importance_log_weights(story: Story, columns: Columns, num_particles: int, layout: Layout = "rows") -> Tensor:
     r"""Log weights :math:`\log p(x_n, z_{sn}) - \log q(z_{sn} \mid x_n)` of draws from the guide, shape (S, N)."""
     guide_trace = run_particles(story.guide, columns, num_particles, layout)
-    model_trace = run_particles(poutine.replay(story.model, trace=guide_trace), columns, num_particles, layout)
+    model = poutine.replay(scored_model(story), trace=guide_trace)
+    model_trace = run_particles(model, columns, num_particles, layout)
     log_p = log_prob(model_trace, sample_sites(model_trace))
     log_q = log_prob(guide_trace, sample_sites(guide_trace))
     return (log_p - log_q).reshape(num_particles, -1)

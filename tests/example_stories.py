@@ -120,3 +120,24 @@ STORIES = {
     "conditional": (small_conditional, lambda: (images(), labels())),
     "plain": (TwoLatents, lambda: (rows(),)),
 }
+
+
+class TwoClusters(nn.Module):
+    """A user's own story with a discrete latent that the model sums out and the guide leaves alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loc = nn.Parameter(torch.tensor([-1.0, 1.0]))
+        self.logits = nn.Parameter(torch.zeros(2))
+        self.guess = nn.Linear(1, 2)
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("observations", len(x)):
+            cluster = pyro.sample("cluster", dist.Categorical(logits=self.logits), infer={"enumerate": "parallel"})
+            z = pyro.sample("z", dist.Normal(self.loc[cluster], 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        loc, log_scale = self.guess(x[:, None]).unbind(-1)
+        with pyro.plate("observations", len(x)):
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()))

@@ -10,6 +10,7 @@ import scipy.special
 import scipy.stats
 import torch
 from example_stories import (
+    TwoClusters,
     TwoLatents,
     closed_form_log_evidence,
     images,
@@ -139,6 +140,19 @@ def test_a_story_of_two_latents_agrees_with_quadrature(float64):
     prior = torch.distributions.Normal(0.0, 0.5).log_prob(log_size)
     truth = (given_size + prior).logsumexp(1) + math.log(10 / 4000)
     assert (abs(evidence["estimate"].values - truth.numpy()) < 4 * evidence["standard_error"].values).all()
+
+
+@pytest.mark.parametrize("method", ["importance", "prior", "pyro"])
+def test_a_discrete_latent_that_the_guide_leaves_to_the_model_is_averaged_over(float64, method):
+    story = TwoClusters()
+    with torch.no_grad():
+        story.logits.copy_(torch.tensor([0.3, -0.8]))
+    x = torch.linspace(-2, 3, 8)
+    num_particles = 300 if method == "pyro" else 2000
+    evidence = log_evidence(story, x, method=method, num_particles=num_particles)
+    component = torch.distributions.Normal(story.loc, math.sqrt(1.25))
+    truth = (component.log_prob(x[:, None]) + story.logits.log_softmax(0)).logsumexp(1).detach().numpy()
+    assert (abs(evidence["estimate"].values - truth) < 4.5 * evidence["standard_error"].values).all()
 
 
 # Negative controls: what the package must not do

@@ -12,8 +12,17 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from example_stories import STORIES, TwoLatents, closed_form_log_evidence, images, linear_gaussian, rows, small_vae
-from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+from example_stories import (
+    STORIES,
+    TwoClusters,
+    TwoLatents,
+    closed_form_log_evidence,
+    images,
+    linear_gaussian,
+    rows,
+    small_vae,
+)
+from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from torch import nn
 
 from ppl_vae import VAE, fit, likelihoods, log_evidence, noise, posteriors, priors
@@ -76,6 +85,13 @@ def test_any_pyro_elbo_may_be_passed(loss):
     story = small_vae()
     history = fit(story, images(), epochs=20, batch_size=8, loss=loss)
     assert history["train_elbo"][-3:].mean() > history["train_elbo"][:3].mean()
+
+
+def test_a_discrete_latent_is_summed_out_by_pyros_own_elbo():
+    story, x = TwoClusters(), torch.randn(200) + 3 * (torch.rand(200) > 0.3)
+    loss = TraceEnum_ELBO(max_plate_nesting=1)
+    history = fit(story, x, epochs=30, loss=loss, optimizer=partial(torch.optim.Adam, lr=1e-2), kl_warmup=3)
+    assert history["train_elbo"][-1] > history["train_elbo"][3] + 5
 
 
 def test_the_loss_instance_is_not_used_up_by_a_story():

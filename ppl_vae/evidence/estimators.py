@@ -152,7 +152,7 @@ def _pyro_log_weights(story: Story, columns: Columns, num_particles: int, layout
     """Log weights of ``pyro.infer.Importance``, one observation at a time; shape (S, N)."""
     weights = []
     for row in range(len(columns[0])):
-        sampler = pyro.infer.Importance(story.model, story.guide, num_samples=num_particles)
+        sampler = pyro.infer.Importance(traces.scored_model(story), story.guide, num_samples=num_particles)
         sampler.run(*(column[row : row + 1] for column in columns))
         weights.append(torch.stack(cast(list[Tensor], sampler.log_weights)))
     return torch.stack(weights, dim=1)
