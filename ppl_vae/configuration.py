@@ -197,11 +197,11 @@ class DataConfiguration:
 class TrainingConfiguration:
     """How long and how fast a story is trained, and how many particles judge it."""
 
-    epochs: int = option(200, "passes over the training data")
-    batch_size: int = option(64, "observations per step")
+    epochs: int = option(150, "passes over the training data")
+    batch_size: int = option(100, "observations per step")
     learning_rate: float = option(2e-3, "of Adam")
     kl_warmup: int = option(0, "epochs over which the latent terms grow to full weight")
-    patience: int = option(25, "stop after so many epochs without a better validation ELBO; 0 never stops early")
+    patience: int = option(0, "stop after so many epochs without a better validation ELBO; 0 never stops early")
     num_particles: int = option(1000, "draws per observation behind each estimate of log p(x)")
     seed: int = option(0, "rules splits, binarization, initial weights, order and noise")
 

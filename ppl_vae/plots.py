@@ -35,7 +35,8 @@ def learning_curve(history: History) -> Figure:
         shown = np.concatenate([shown, history["validation_elbo"]])
     finite = shown[np.isfinite(shown)]  # an epoch that took no step has none
     if len(history) > 4 and np.ptp(finite) > 0:  # the first epochs would flatten all that follows
-        axes.set_ylim(bottom=np.quantile(finite, 0.05), top=finite.max() + 0.05 * np.ptp(finite))
+        low, high = np.quantile(finite, 0.05), finite.max()
+        axes.set_ylim(low, high + 0.05 * (high - low))
     axes.set(xlabel="epoch", ylabel="ELBO (nats per observation)")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

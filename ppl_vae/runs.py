@@ -64,7 +64,7 @@ def train(
         validation=dataset.validation.x,
         epochs=training.epochs,
         batch_size=training.batch_size,
-        optimizer=partial(torch.optim.Adam, lr=training.learning_rate),
+        optimizer=partial(torch.optim.Adam, lr=training.learning_rate, fused=True),
         transform=transform,
         kl_warmup=training.kl_warmup,
         patience=training.patience or None,

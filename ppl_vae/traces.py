@@ -146,7 +146,11 @@ def scored_model(story: Story) -> Callable[..., Any]:
 
     The guide does not draw them; drawn from the prior by the model itself, they cancel in a weight p / q.
     """
-    return poutine.block(story.model, hide_fn=lambda message: message["infer"].get("enumerate") == "parallel")
+
+    def summed_out(message: Any) -> bool:
+        return message["infer"].get("enumerate") == "parallel"
+
+    return poutine.block(story.model, hide_fn=summed_out)
 
 
 def as_rows(columns: Columns, num_particles: int) -> Columns:

@@ -2,7 +2,7 @@
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads sleep, for busy machines
+os.environ.setdefault("GOMP_SPINCOUNT", "50000")  # before torch: waiting threads soon sleep, for busy machines
 
 import pyro
 import pytest

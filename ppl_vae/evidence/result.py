@@ -34,17 +34,18 @@ class EvidenceSummary:
     median_ess: float
 
     def __str__(self) -> str:
-        trusted = "a lower bound" if self.method == "elbo" else f"trusted {self.trusted:.0%} of observations"
-        return "\n".join(
-            [
-                f"{self.method}, {self.num_observations} observations, {self.num_particles} particles each",
-                f"  mean                 {self.mean:10.3f} nats  ({self.bits_per_dimension:.4f} bits per dimension)",
-                f"  Monte Carlo error    {self.monte_carlo_error:10.3f}",
-                f"  Monte Carlo bias     {self.bias:10.3f}",
-                f"  test sampling error  {self.test_sampling_error:10.3f}",
-                f"  median ESS           {self.median_ess:10.1f}  {trusted}",
-            ]
-        )
+        drawn = f", {self.num_particles} particles each" if self.num_particles else ""
+        lines = [
+            f"{self.method}, {self.num_observations} observations{drawn}",
+            f"  mean                 {self.mean:10.3f} nats  ({self.bits_per_dimension:.4f} bits per dimension)",
+        ]
+        if self.num_particles:
+            lines.append(f"  Monte Carlo error    {self.monte_carlo_error:10.3f}")
+            lines.append(f"  Monte Carlo bias     {self.bias:10.3f}")
+            lines.append(f"  median ESS           {self.median_ess:10.1f}")
+        lines.append(f"  test sampling error  {self.test_sampling_error:10.3f}")
+        lines.append("  a lower bound" if self.method == "elbo" else f"  trusted              {self.trusted:10.0%}")
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,13 @@ class Evidence:
     """Evidence of each observation, a table over the dimension ``observation``.
 
     Variables: ``estimate`` (nats), ``standard_error`` (nats), ``bias`` (nats), ``ess``, ``pareto_k``, ``verdict``,
-    ``method``, ``num_particles``. ``evidence["estimate"]`` is short for ``evidence.dataset["estimate"]``.
+    ``method``, ``num_particles`` (0 where nothing was drawn). ``evidence["estimate"]`` is short for
+    ``evidence.dataset["estimate"]``.
 
-    The verdict speaks of the raw estimate and its standard error: "exact" (constant weights), "good" (k-hat below 0.4),
-    "fair" (below 0.7), "poor", and "bound" for an ELBO. It comes from a pilot run that is not part of the estimate: a
-    verdict taken from the draws that it judges calls an estimate good because the large weight was not drawn.
+    The verdict speaks of the raw estimate and its standard error: "exact" (constant weights, or a grid that stands
+    still), "good" (k-hat below 0.4), "fair" (below 0.7), "poor", and "bound" for an ELBO. It comes from a pilot run
+    that is not part of the estimate: a verdict taken from the draws that it judges calls an estimate good because the
+    large weight was not drawn.
     """
 
     dataset: xr.Dataset

@@ -26,7 +26,7 @@ from ppl_vae.training.steps import KLWarmup, Optimizer, WholeStoryOptimizer
 VALIDATION_ROWS = 1024
 SKIPPED_STEPS_ALLOWED = 10
 
-ADAM = partial(torch.optim.Adam, lr=1e-3)
+ADAM = partial(torch.optim.Adam, lr=1e-3, fused=True)
 
 Callback = Callable[[Story, Row], None]
 Schedule = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
