@@ -141,10 +141,15 @@ def _scale(scale: float | Tensor | Learned | nn.Module, floor: float) -> nn.Modu
     if isinstance(scale, nn.Module):
         return _PredictedScale(scale, floor)
     if isinstance(scale, Learned):
-        if not bool((scale.initial > floor).all()):
+        if not _holds(scale.initial > floor):
             raise ValueError(f"A learned scale must start above its floor {floor:g}; found {scale.initial.min():g}.")
         return _LearnedScale(scale.initial, floor)
     value = torch.as_tensor(scale, dtype=torch.get_default_dtype())
-    if not bool((value > 0).all()):
+    if not _holds(value > 0):
         raise ValueError(f"A scale is a standard deviation and must be positive; found {value.min():g}.")
     return _FixedScale(value)
+
+
+def _holds(condition: Tensor) -> bool:
+    """Whether a condition holds everywhere; on the meta device, where a story is rebuilt, there is nothing to ask."""
+    return condition.is_meta or bool(condition.all())

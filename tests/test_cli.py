@@ -1,0 +1,446 @@
+"""The command line: what its options do, what it prints, and one line for everything that is wrong, nothing left."""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from dataclasses import fields
+
+import numpy as np
+import pytest
+
+from ppl_vae import runs
+from ppl_vae.cli import main
+from ppl_vae.configuration import CHOICES, DataConfiguration, RunConfiguration, TrainingConfiguration, from_json
+
+SMALL = ("--epochs", "1", "--network.hidden-dims", "4", "--num-particles", "5")
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+EVERY_OPTION = [
+    "--out",
+    "--device",
+    "--json",
+    "--latent-dim",
+    *(flag(item.name) for kind in (DataConfiguration, TrainingConfiguration) for item in fields(kind)),
+    *(f"--{slot}" for slot in CHOICES),
+    *(
+        f"--{slot}.{flag(item.name)[2:]}"
+        for slot, kinds in CHOICES.items()
+        for k in kinds.values()
+        for item in fields(k)
+    ),
+]
+
+
+@pytest.fixture
+def out(tmp_path):
+    """Where a run goes; nothing is there yet."""
+    return tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Small data files by name, some of them bad."""
+    folder = tmp_path_factory.mktemp("data")
+    generator = np.random.default_rng(0)
+    grey = generator.random((40, 4)).astype(np.float32)
+    with_hole = grey.tolist()
+    with_hole[17][2] = "nan"
+    negative = grey.copy()
+    negative[23, 1] = -1
+
+    np.save(folder / "grey.npy", grey)
+    np.save(folder / "binary.npy", grey.round())
+    np.save(folder / "negative.npy", negative)
+    np.save(folder / "images.npy", generator.random((40, 1, 4, 4)).astype(np.float32).round())
+    np.save(folder / "three rows.npy", grey[:3])
+    np.save(folder / "pickled.npy", np.array([{}, []], dtype=object))
+    np.save(folder / "empty.npy", grey[:0])
+    np.savez(folder / "lengths.npz", x=grey, labels=np.arange(39))
+    (folder / "table.csv").write_text("a,b,c,d\n" + "\n".join(",".join(map(str, row)) for row in grey.tolist()))
+    (folder / "hole.csv").write_text("a,b,c,d\n" + "\n".join(",".join(map(str, row)) for row in with_hole))
+    (folder / "words.csv").write_text("a,b\n1,2\n3,four\n")
+    (folder / "ragged.csv").write_text("1,2\n3\n")
+    (folder / "truncated.npy").write_bytes((folder / "grey.npy").read_bytes()[:200])
+    (folder / "text.npy").write_text("not an array")
+    (folder / "notes.txt").write_text("1 2 3")
+    return folder
+
+
+def says(capsys, *arguments):
+    """Runs a command that succeeds; returns what it printed."""
+    assert main([str(argument) for argument in arguments]) == 0
+    return capsys.readouterr()
+
+
+def refusal(capsys, *arguments):
+    """Runs a command that fails; returns its one line on standard error."""
+    try:
+        status = main([str(argument) for argument in arguments])
+    except SystemExit as left:
+        status = left.code
+    printed = capsys.readouterr()
+    assert isinstance(status, int) and status != 0
+    assert printed.out == ""
+    assert printed.err.endswith("\n") and printed.err.count("\n") == 1
+    assert printed.err.startswith("ppl-vae")
+    return printed.err
+
+
+def strict_json(text):
+    """JSON as machines read it: without NaN and Infinity."""
+
+    def refuse(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+# What is printed ------------------------------------------------------------------------------------------------------
+
+
+def test_every_option_is_in_the_help(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["train", "--help"])
+    words = capsys.readouterr().out.split()
+    assert left.value.code == 0
+    assert [option for option in EVERY_OPTION if option not in words] == []
+
+
+def test_help_names_the_commands(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["--help"])
+    printed = capsys.readouterr()
+    assert left.value.code == 0
+    assert "train" in printed.out and "sample" in printed.out
+
+
+def test_help_names_the_options_of_sample(capsys):
+    with pytest.raises(SystemExit):
+        main(["sample", "--help"])
+    words = capsys.readouterr().out.split()
+    assert all(option in words for option in ("RUN", "--num-observations", "--seed", "--out", "--device", "--json"))
+
+
+def test_the_report_says_elbo_evidence_error_trust_and_folder(capsys, files, out):
+    printed = says(capsys, "train", "--data", files / "binary.npy", "--out", out, *SMALL)
+    results = json.loads((out / "results.json").read_text())
+    assert "Dataset('binary.npy': train 28, validation 4, test 8" in printed.out
+    assert f"test ELBO       {results['test_elbo']:10.2f} nats" in printed.out
+    assert f"test log p(x)   {results['test_log_evidence']:10.2f} nats" in printed.out
+    assert f"+- {results['monte_carlo_error']:.2f} Monte Carlo" in printed.out
+    assert f"{results['trusted_share']:.0%} of the observations have an estimate to be trusted" in printed.out
+    assert printed.out.endswith(f"all of it is in {out}\n")
+    assert printed.err == ""
+
+
+def test_json_alone_is_on_standard_output(capsys, files, out):
+    printed = says(capsys, "train", "--data", files / "binary.npy", "--out", out, "--json", *SMALL)
+    results = strict_json(printed.out)
+    assert results == {"run": str(out)} | strict_json((out / "results.json").read_text())
+    assert "Dataset('binary.npy'" in printed.err
+
+
+def test_a_number_that_is_not_known_is_null_in_json(capsys, files, out):
+    arguments = ("--data", files / "binary.npy", "--out", out, "--json", *SMALL, "--num-particles", "1")
+    results = strict_json(says(capsys, "train", *arguments).out)
+    assert results["monte_carlo_error"] is None
+    assert results["test_elbo"] < 0
+
+
+def test_sample_prints_its_files(capsys, files, out):
+    says(capsys, "train", "--data", files / "images.npy", "--out", out, *SMALL)
+    expected = [str(out / "new-3.npz"), str(out / "new-3.png")]
+    assert json.loads(says(capsys, "sample", out, "--seed", 3, "--json").out) == {"files": expected}
+    assert says(capsys, "sample", out, "--seed", 3).out == f"wrote {expected[0]} and {expected[1]}\n"
+
+
+# What options do ------------------------------------------------------------------------------------------------------
+
+
+def test_every_option_reaches_the_configuration(capsys, files, out):
+    options = {
+        "--data": files / "images.npy",
+        "--data-root": out.parent,
+        "--binarization": "static",
+        "--latent-dim": 3,
+        "--likelihood": "normal",
+        "--likelihood.scale": "per-dimension",
+        "--likelihood.initial": 0.4,
+        "--likelihood.floor": 0.01,
+        "--posterior.floor": 0.02,
+        "--network": "convolutional",
+        "--network.channels": "2,3",
+        "--epochs": 2,
+        "--batch-size": 10,
+        "--learning-rate": 0.5,
+        "--kl-warmup": 4,
+        "--patience": 9,
+        "--num-particles": 7,
+        "--seed": 5,
+    }
+    says(capsys, "train", "--out", out, "--download", *(word for pair in options.items() for word in pair))
+    table = json.loads((out / "config.json").read_text())
+    wanted = from_json({part: table[part] for part in ("data", "story", "training")}, RunConfiguration)
+    assert wanted.data == DataConfiguration(str(files / "images.npy"), str(out.parent), True, "static")
+    assert wanted.training == TrainingConfiguration(2, 10, 0.5, 4, 9, 7, 5)
+    assert (wanted.story.event_shape, wanted.story.latent_dim) == ((1, 4, 4), 3)
+    assert wanted.story.likelihood == CHOICES["likelihood"]["normal"]("per-dimension", 0.4, 0.01)
+    assert wanted.story.posterior.floor == 0.02
+    assert wanted.story.network.channels == (2, 3)
+
+
+def test_training_options_rule_the_training(capsys, files, out):
+    arguments = ("--data", files / "binary.npy", "--out", out, *SMALL, "--epochs", 3)
+    says(capsys, "train", *arguments, "--batch-size", 10, "--learning-rate", 0.25, "--kl-warmup", 2)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [3, 6, 9]  # 28 rows in batches of 10
+    assert [row["learning_rate"] for row in rows] == [0.25] * 3
+    assert [row["kl_factor"] for row in rows] == [0.5, 1.0, 1.0]
+    results = json.loads((out / "results.json").read_text())
+    assert (results["epochs"], results["num_particles"], results["num_test_observations"]) == (3, 5, 8)
+
+
+def test_patience_of_zero_never_stops_early(capsys, files, out):
+    arguments = ("--data", files / "binary.npy", "--out", out, *SMALL, "--epochs", 12, "--patience", 0)
+    says(capsys, "train", *arguments, "--learning-rate", 0.5)
+    assert json.loads((out / "results.json").read_text())["epochs"] == 12
+
+
+def test_without_out_a_run_goes_to_a_fresh_folder(capsys, files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    printed = says(capsys, "train", "--data", files / "binary.npy", "--json", *SMALL)
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert json.loads(printed.out)["run"] == os.path.join("runs", folder.name)
+    assert (folder / "results.json").exists()
+
+
+def test_an_empty_folder_may_hold_the_run(capsys, files, out):
+    out.mkdir()
+    says(capsys, "train", "--data", files / "binary.npy", "--out", out, *SMALL)
+    assert (out / "results.json").exists()
+
+
+# What is wrong with the options ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--unknown", "1"], ["unrecognized arguments: --unknown", "--help"]),
+        (["--epochs", "many"], ["--epochs", "'many'"]),
+        (["--epochs", "-1"], ["epochs must be at least 1; found -1"]),
+        (["--epochs", "0"], ["epochs must be at least 1; found 0"]),
+        (["--batch-size", "0"], ["batch_size must be at least 1"]),
+        (["--num-particles", "0"], ["num_particles must be at least 1"]),
+        (["--patience", "-1"], ["patience must be at least 0"]),
+        (["--kl-warmup", "-1"], ["kl_warmup must be at least 0"]),
+        (["--seed", "-1"], ["seed must be at least 0"]),
+        (["--learning-rate", "0"], ["learning_rate must be positive"]),
+        (["--learning-rate", "nan"], ["learning_rate must be positive"]),
+        (["--latent-dim", "0"], ["latent_dim must be at least 1"]),
+        (["--latent-dim", str(10**14)], ["cannot be built"]),
+        (["--network.hidden-dims", "0"], ["found 0"]),
+        (["--network.hidden-dims", "4,x"], ["--network.hidden-dims", "'4,x'"]),
+        (["--prior", "vamp"], ["--prior", "'vamp'", "standard-normal"]),
+        (["--likelihood", "poisson"], ["--likelihood", "'poisson'", "bernoulli", "normal"]),
+        (["--likelihood.scale", "0.1"], ["--likelihood.scale does not belong to --likelihood bernoulli"]),
+        (["--network.channels", "4"], ["--network.channels does not belong to --network mlp"]),
+        (["--likelihood", "normal", "--likelihood.scale", "-1"], ["scale must be positive"]),
+        (["--likelihood", "normal", "--likelihood.scale", "wide"], ["--likelihood.scale", "'wide'"]),
+        (["--likelihood", "normal", "--likelihood.floor", "2"], ["must start above its floor 2"]),
+        (["--binarization", "some"], ["auto, none, static", "'some'"]),
+        (["--device", "abacus"], ["device 'abacus' is not there", "Use cpu"]),
+        (["--device", "cuda:99"], ["device 'cuda:99' is not there", "Use cpu"]),
+        (["--device", "meta"], ["device 'meta' is not there"]),
+    ],
+    ids=lambda value: " ".join(value) if value and value[0].startswith("--") else None,
+)
+def test_a_wrong_option_is_one_line_and_no_folder(arguments, words, capsys, files, out):
+    line = refusal(capsys, "train", "--data", files / "binary.npy", "--out", out, *arguments)
+    assert [word for word in words if word not in line] == []
+    assert not out.exists()
+
+
+def test_no_command_is_one_line(capsys):
+    assert "COMMAND" in refusal(capsys)
+
+
+def test_an_unknown_command_is_one_line(capsys):
+    assert "'bake'" in refusal(capsys, "bake")
+
+
+# What is wrong with the data ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("file", "options", "words"),
+    [
+        ("missing.npy", [], ["no file or folder", "missing.npy"]),
+        ("pickled.npy", [], ["pickled.npy"]),
+        ("truncated.npy", [], ["truncated.npy"]),
+        ("text.npy", [], ["text.npy", "not a .npy array"]),
+        ("notes.txt", [], ["notes.txt", "unknown format '.txt'"]),
+        ("empty.npy", [], ["no observations"]),
+        ("lengths.npz", [], ["has length 39 and x has length 40"]),
+        ("words.csv", ["--likelihood", "normal"], ["words.csv", "line 3", "'four'"]),
+        ("ragged.csv", ["--likelihood", "normal"], ["ragged.csv", "line 2", "1 cells, expected 2"]),
+        ("hole.csv", ["--likelihood", "normal"], ["x is nan in row 17, column 2", "1 of 40 rows"]),
+        ("hole.csv", [], ["x is NaN in row 17, column 2"]),
+        ("grey.npy", ["--binarization", "none"], ["x has values between", "Bernoulli", "0 and 1", "Binarize"]),
+        ("negative.npy", [], ["x has values between -1 and", "between 0 and 1"]),
+        ("negative.npy", ["--binarization", "none"], ["x has values between -1 and", "Bernoulli"]),
+        ("three rows.npy", ["--likelihood", "normal"], ["at least two observations"]),
+        ("binary.npy", ["--network", "convolutional"], ["Expected an image", "(4,)"]),
+    ],
+)
+@pytest.mark.parametrize("json_wanted", [[], ["--json"]], ids=["words", "json"])
+def test_bad_data_are_one_line_and_no_folder(file, options, words, json_wanted, capsys, files, out):
+    line = refusal(capsys, "train", "--data", files / file, "--out", out, *options, *json_wanted)
+    assert [word for word in words if word not in line] == []
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("row", range(0, 40, 13))
+def test_a_bad_row_has_its_number_in_the_file_whatever_split_it_falls_into(row, capsys, tmp_path, out):
+    x = np.ones((40, 3), dtype=np.float32)
+    x[row, 1] = 0.5
+    np.save(tmp_path / "x.npy", x)
+    line = refusal(capsys, "train", "--data", tmp_path / "x.npy", "--out", out, "--binarization", "none")
+    assert f"row {row}, column 1" in line
+
+
+def test_an_unknown_data_set_suggests_a_near_name(capsys, out):
+    line = refusal(capsys, "train", "--data", "minst-5k", "--out", out)
+    assert "unknown data set 'minst-5k'; did you mean 'mnist-5k'?" in line
+    assert not out.exists()
+
+
+def test_a_data_set_that_was_not_downloaded_says_how(capsys, out, tmp_path):
+    line = refusal(capsys, "train", "--data", "mnist", "--data-root", tmp_path / "nothing", "--out", out)
+    assert "download" in line
+    assert not out.exists()
+
+
+# What is wrong with the folder ----------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_holds_a_run_is_left_as_it_is(capsys, files, out):
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    line = refusal(capsys, "train", "--data", files / "binary.npy", "--out", out, *SMALL)
+    assert "already holds a run. Choose another --out" in line
+    assert [file.name for file in out.iterdir()] == ["config.json"]
+    assert (out / "config.json").read_text() == "{}"
+
+
+def test_a_folder_that_holds_something_else_is_left_as_it_is(capsys, files, out):
+    out.mkdir()
+    (out / "letter.txt").write_text("dear")
+    assert "is not an empty folder" in refusal(capsys, "train", "--data", files / "binary.npy", "--out", out)
+    assert [file.name for file in out.iterdir()] == ["letter.txt"]
+
+
+def test_a_file_in_the_place_of_the_folder_is_left_as_it_is(capsys, files, out):
+    out.write_text("dear")
+    assert "is not an empty folder" in refusal(capsys, "train", "--data", files / "binary.npy", "--out", out)
+    assert out.read_text() == "dear"
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(capsys, files, tmp_path):
+    (tmp_path / "file").write_text("")
+    refusal(capsys, "train", "--data", files / "binary.npy", "--out", tmp_path / "file" / "run")
+
+
+def test_a_used_folder_is_refused_before_the_data_are_read(capsys, out):
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    assert "already holds a run" in refusal(capsys, "train", "--data", "nowhere.npy", "--out", out)
+
+
+# What is wrong with sample --------------------------------------------------------------------------------------------
+
+
+def test_sample_of_a_folder_without_a_run_is_one_line(capsys, tmp_path):
+    assert "There is no checkpoint" in refusal(capsys, "sample", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sample_of_a_damaged_checkpoint_is_one_line(capsys, tmp_path):
+    (tmp_path / runs.STORY).write_bytes(b"\0" * 100)
+    assert "is not a whole checkpoint" in refusal(capsys, "sample", tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == [runs.STORY]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--num-observations", "0"], "--num-observations must be at least 1; found 0"),
+        (["--seed", "-1"], "seed must be a whole number from 0 up; found -1"),
+        (["--device", "cuda:99"], "device 'cuda:99' is not there"),
+        (["--shape", "3"], "unrecognized arguments"),
+    ],
+)
+def test_a_wrong_option_of_sample_is_one_line_and_no_file(arguments, word, capsys, files, out, tmp_path):
+    says(capsys, "train", "--data", files / "binary.npy", "--out", out, *SMALL)
+    before = sorted(out.iterdir())
+    assert word in refusal(capsys, "sample", out, *arguments)
+    assert sorted(out.iterdir()) == before
+
+
+# Leaving and starting -------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupt_is_one_line_and_status_130(capsys, files, out, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "train", interrupted)
+    assert main(["train", "--data", str(files / "binary.npy"), "--out", str(out)]) == 130
+    assert capsys.readouterr().err == "ppl-vae: interrupted\n"
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(files, out, monkeypatch):
+    monkeypatch.setattr(runs, "train", lambda *arguments: {}["nothing"])
+    with pytest.raises(KeyError), contextlib.redirect_stderr(io.StringIO()):
+        main(["train", "--data", str(files / "binary.npy"), "--out", str(out)])
+
+
+def test_the_command_line_starts_without_heavy_imports():
+    program = "import sys, ppl_vae.cli; print(sorted({'torch', 'numpy', 'pyro', 'matplotlib'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("arguments", [["train", "--help"], ["train", "--epochs", "-1"], ["sample", "--help"]])
+def test_help_and_wrong_options_answer_without_heavy_imports(arguments):
+    program = f"""
+import sys
+from ppl_vae.cli import main
+try:
+    main({arguments})
+except SystemExit:
+    pass
+sys.exit(1 if {{"torch", "numpy", "pyro", "matplotlib"}} & set(sys.modules) else 0)
+"""
+    subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+
+
+def test_python_m_is_the_same_command():
+    command = [sys.executable, "-m", "ppl_vae", "train", "--epochs", "-1"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == "ppl-vae: epochs must be at least 1; found -1.\n"
+
+
+def test_a_fresh_process_says_one_line_too(files, out):
+    command = [sys.executable, "-m", "ppl_vae", "train", "--data", str(files / "negative.npy"), "--out", str(out)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith("ppl-vae: x has values between -1 and") and result.stderr.count("\n") == 1

@@ -1,0 +1,338 @@
+"""Configurations go to JSON and come back the same, strictly checked; every word builds a right story."""
+
+import json
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, fields, replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ppl_vae import check, configuration
+from ppl_vae.configuration import (
+    CHOICES,
+    Bernoulli,
+    Convolutional,
+    DataConfiguration,
+    DiagonalNormal,
+    Mlp,
+    Normal,
+    RunConfiguration,
+    StandardNormal,
+    StoryConfiguration,
+    TrainingConfiguration,
+    build,
+    choice,
+    from_json,
+    to_json,
+)
+
+EVERY_CHOICE = [(slot, word) for slot, words in CHOICES.items() for word in words]
+
+
+def chosen(slot, word):
+    return StoryConfiguration(event_shape=(1, 6, 5), **{slot: CHOICES[slot][word]()})
+
+
+def through_json(table):
+    return json.loads(json.dumps(table, allow_nan=False))
+
+
+def run_configuration(story):
+    return RunConfiguration(DataConfiguration(), story, TrainingConfiguration())
+
+
+# To JSON and back -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("slot", "word"), EVERY_CHOICE)
+def test_every_choice_comes_back_from_json(slot, word):
+    story = chosen(slot, word)
+    table = through_json(to_json(story))
+    assert table[slot]["name"] == word
+    assert from_json(table) == story
+
+
+def test_a_run_comes_back_from_json():
+    wanted = run_configuration(replace(chosen("network", "mlp"), likelihood=Normal(scale=0.1, floor=1e-2)))
+    assert from_json(through_json(to_json(wanted)), RunConfiguration) == wanted
+
+
+def test_a_field_left_out_has_its_default():
+    assert from_json({"event_shape": [5]}) == StoryConfiguration(event_shape=(5,))
+
+
+def test_whole_number_stands_for_a_real_one():
+    story = StoryConfiguration(event_shape=(5,), likelihood=Normal(scale=1, floor=1e-3))
+    restored = from_json(through_json(to_json(story)))
+    assert restored == story
+    assert type(restored.likelihood.scale) is float
+
+
+sizes = st.lists(st.integers(1, 10_000), min_size=1, max_size=4).map(tuple)
+positive = st.floats(1e-6, 1e6)
+stories = st.builds(
+    StoryConfiguration,
+    event_shape=sizes,
+    latent_dim=st.integers(1, 1000),
+    prior=st.builds(StandardNormal),
+    likelihood=st.builds(Bernoulli)
+    | st.builds(Normal, scale=positive | st.sampled_from(configuration.SCALES), initial=positive, floor=positive),
+    posterior=st.builds(DiagonalNormal, floor=positive),
+    network=st.builds(Mlp, hidden_dims=sizes | st.just(())) | st.builds(Convolutional, channels=sizes),
+)
+runs = st.builds(
+    RunConfiguration,
+    data=st.builds(
+        DataConfiguration,
+        data=st.text(),
+        data_root=st.none() | st.text(),
+        download=st.booleans(),
+        binarization=st.sampled_from(["auto", "none", "static", "dynamic"]),
+    ),
+    story=stories,
+    training=st.builds(
+        TrainingConfiguration,
+        epochs=st.integers(1),
+        batch_size=st.integers(1),
+        learning_rate=positive,
+        kl_warmup=st.integers(0),
+        patience=st.integers(0),
+        num_particles=st.integers(1),
+        seed=st.integers(0),
+    ),
+)
+
+
+@settings(deadline=None)
+@given(runs)
+def test_any_run_comes_back_from_json(wanted):
+    assert from_json(through_json(to_json(wanted)), RunConfiguration) == wanted
+
+
+@settings(deadline=None)
+@given(stories, st.data())
+def test_a_field_of_another_name_is_refused_wherever_it_stands(story, data):
+    table = to_json(story)
+    place = data.draw(st.sampled_from([table, *(table[slot] for slot in CHOICES)]))
+    place["strange"] = 1
+    with pytest.raises(ValueError, match=r"Unknown fields \['strange'\] of \w+; known are"):
+        from_json(table)
+
+
+# Strictness -----------------------------------------------------------------------------------------------------------
+
+
+def changed(**values):
+    return to_json(StoryConfiguration(event_shape=(1, 6, 5))) | values
+
+
+@pytest.mark.parametrize("table", [None, 3, "VAE", [1, 2], [["event_shape", [5]]]], ids=repr)
+def test_what_is_no_mapping_is_refused(table):
+    with pytest.raises(ValueError, match="Expected the fields of StoryConfiguration; found"):
+        from_json(table)
+
+
+def test_a_missing_field_is_named():
+    with pytest.raises(ValueError, match=r"Incomplete fields of StoryConfiguration: .*event_shape"):
+        from_json({"latent_dim": 2})
+
+
+@pytest.mark.parametrize("slot", CHOICES)
+@pytest.mark.parametrize("word", ["os.system", "ppl_vae.priors.StandardNormal", "StandardNormal", "", None, 3, [], {}])
+def test_a_word_outside_the_tables_is_refused(slot, word):
+    with pytest.raises(ValueError, match=f"Unknown {slot} .*; choose one of {next(iter(CHOICES[slot]))}"):
+        from_json(changed(**{slot: {"name": word}}))
+
+
+@pytest.mark.parametrize("slot", CHOICES)
+def test_a_choice_without_a_word_is_refused(slot):
+    with pytest.raises(ValueError, match=f"Unknown {slot} None"):
+        from_json(changed(**{slot: {}}))
+
+
+@pytest.mark.parametrize("slot", CHOICES)
+def test_a_choice_that_is_no_mapping_is_refused(slot):
+    with pytest.raises(ValueError, match=f"(?i){slot}|fields of"):
+        from_json(changed(**{slot: next(iter(CHOICES[slot]))}))
+
+
+def test_a_field_of_another_choice_is_refused():
+    with pytest.raises(ValueError, match=r"Unknown fields \['channels'\] of Mlp; known are \['hidden_dims'\]"):
+        from_json(changed(network={"name": "mlp", "channels": [4]}))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("latent_dim", "2"),
+        ("latent_dim", 2.0),
+        ("latent_dim", True),
+        ("latent_dim", None),
+        ("event_shape", 5),
+        ("event_shape", "5"),
+        ("event_shape", [5.0]),
+        ("event_shape", [True]),
+        ("event_shape", [-5]),
+        ("event_shape", [0]),
+        ("event_shape", {"0": 5}),
+        ("event_shape", [1] * 1001),
+    ],
+)
+def test_a_value_of_another_type_is_refused(field, value):
+    with pytest.raises(ValueError, match=f"{field} must be"):
+        from_json(changed(**{field: value}))
+
+
+@pytest.mark.parametrize("value", [True, None, [0.1], {"value": 0.1}])
+def test_a_scale_that_is_neither_word_nor_number_is_refused(value):
+    with pytest.raises(ValueError, match="scale must be of type"):
+        from_json(changed(likelihood={"name": "normal", "scale": value}))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: StoryConfiguration(event_shape=(5,), latent_dim=0),
+        lambda: TrainingConfiguration(epochs=-1),
+        lambda: TrainingConfiguration(batch_size=0),
+        lambda: TrainingConfiguration(num_particles=0),
+        lambda: TrainingConfiguration(seed=-1),
+        lambda: TrainingConfiguration(kl_warmup=-1),
+        lambda: TrainingConfiguration(patience=-1),
+    ],
+)
+def test_a_number_below_its_least_is_refused(make):
+    with pytest.raises(ValueError, match=r"\w+ must be at least [01]; found (0|-1)\."):
+        make()
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, torch.inf, torch.nan])
+@pytest.mark.parametrize(
+    ("kind", "field"),
+    [
+        (TrainingConfiguration, "learning_rate"),
+        (Normal, "scale"),
+        (Normal, "floor"),
+        (Normal, "initial"),
+        (DiagonalNormal, "floor"),
+    ],
+)
+def test_a_number_that_is_not_positive_and_finite_is_refused(kind, field, value):
+    with pytest.raises(ValueError, match=f"{field} must be positive and finite; found {value}"):
+        kind(**{field: value})
+
+
+def test_an_unknown_word_for_a_scale_names_the_words():
+    with pytest.raises(ValueError, match="learned, per-dimension, network; found 'wide'"):
+        Normal(scale="wide")
+
+
+def test_an_unknown_binarization_names_the_words():
+    with pytest.raises(ValueError, match="auto, none, static and dynamic; found 'some'"):
+        DataConfiguration(binarization="some")
+
+
+def test_choice_looks_words_up_in_its_own_table_only():
+    assert choice("likelihood", "normal") is Normal
+    with pytest.raises(ValueError, match="Unknown prior 'normal'; choose one of standard-normal"):
+        choice("prior", "normal")
+
+
+def test_a_configuration_does_not_change():
+    with pytest.raises(FrozenInstanceError):
+        StoryConfiguration(event_shape=(5,)).latent_dim = 3
+
+
+def test_reading_a_configuration_imports_nothing():
+    program = """
+import json, sys
+from ppl_vae.configuration import from_json
+before = set(sys.modules)
+words = ["antigravity", "this.s", "os:system", "ppl_vae.vae.VAE", "__import__('antigravity')", "!!python/name:this.s"]
+table = {"event_shape": [5], "prior": {"name": "standard-normal"}}
+from_json(table)
+for word in words:
+    for bad in (table | {"prior": {"name": word}}, table | {"prior": word}, table | {word: 1}, {"class_path": word},
+                table | {"prior": {"name": "standard-normal", "class_path": word, "__class__": word}}, word):
+        try:
+            from_json(bad)
+        except ValueError:
+            continue
+        raise SystemExit(f"{bad} was accepted")
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert json.loads(result.stdout) == []
+
+
+# What the words build -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("slot", "word"), EVERY_CHOICE)
+def test_every_choice_builds_a_story_that_passes_its_check(slot, word):
+    wanted = chosen(slot, word)
+    story = build(wanted)
+    assert story.configuration is wanted
+    check(story, torch.bernoulli(torch.rand(10, 1, 6, 5)))
+
+
+@pytest.mark.parametrize("scale", [*configuration.SCALES, 0.3])
+def test_every_scale_of_a_normal_builds_a_story_that_passes_its_check(scale):
+    story = build(StoryConfiguration(event_shape=(5,), likelihood=Normal(scale=scale), network=Mlp((8,))))
+    check(story, torch.randn(10, 5))
+
+
+def test_sizes_are_those_of_the_networks():
+    network = Mlp(hidden_dims=(7, 6))
+    story = build(StoryConfiguration(event_shape=(1, 6, 5), latent_dim=3, network=network))
+    shapes = {name: tuple(value.shape) for name, value in story.named_parameters() if name.endswith("weight")}
+    assert list(shapes.values()) == [(6, 3), (7, 6), (30, 7), (7, 30), (6, 7), (6, 6)]
+    assert story.model(num_observations=4).shape == (4, 1, 6, 5)
+
+
+@pytest.mark.parametrize(("scale", "found"), [(0.3, 0.3), ("learned", 0.2), ("per-dimension", 0.2)])
+def test_the_scale_of_a_normal_is_the_one_asked_for(scale, found):
+    likelihood = Normal(scale=scale, initial=0.2)
+    story = build(StoryConfiguration(event_shape=(5,), likelihood=likelihood, network=Mlp(())))
+    assert torch.allclose(story.decoder(torch.zeros(1, 2)).stddev, torch.full((1, 5), found))
+
+
+def test_initial_weights_are_a_function_of_the_seed():
+    wanted = StoryConfiguration(event_shape=(5,), network=Mlp((8,)))
+
+    def weights(seed):
+        return torch.cat([parameter.flatten() for parameter in build(wanted, seed).parameters()])
+
+    first = weights(3)
+    torch.rand(5)
+    assert torch.equal(first, weights(3))
+    assert not torch.equal(first, weights(4))
+
+
+def test_building_leaves_the_generator_alone():
+    before = torch.get_rng_state()
+    build(StoryConfiguration(event_shape=(5,)))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        StoryConfiguration(event_shape=(5,), network=Mlp((2**60,))),
+        StoryConfiguration(event_shape=(5,), latent_dim=10**30),
+        StoryConfiguration(event_shape=(10**10, 10**10, 10**10)),
+    ],
+    ids=["memory", "integer", "product"],
+)
+def test_a_story_beyond_all_memory_is_refused_in_one_line(wanted):
+    with pytest.raises(ValueError, match="A story of these sizes cannot be built") as refused:
+        build(wanted)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("kind", [DataConfiguration, TrainingConfiguration, *(CHOICES[s][w] for s, w in EVERY_CHOICE)])
+def test_every_field_is_an_option_with_a_help_text(kind):
+    assert all(item.metadata["help"] for item in fields(kind))
