@@ -34,9 +34,8 @@ def learning_curve(history: History) -> Figure:
         )
         shown = np.concatenate([shown, history["validation_elbo"]])
     finite = shown[np.isfinite(shown)]  # an epoch that took no step has none
-    if len(history) > 4 and np.ptp(finite) > 0:  # the first epochs would flatten all that follows
-        low, high = np.quantile(finite, 0.05), finite.max()
-        axes.set_ylim(low, high + 0.05 * (high - low))
+    if len(history) > 4 and (low := np.quantile(finite, 0.05)) < (high := finite.max()):
+        axes.set_ylim(low, high + 0.05 * (high - low))  # the first epochs would flatten all that follows
     axes.set(xlabel="epoch", ylabel="ELBO (nats per observation)")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

@@ -100,7 +100,8 @@ def sample(run: Path, out: Path, num_observations: int, seed: int, device: str |
     draws = traces.draws(traces.prior_predictive(story, num_observations, seed=seed))
     out.parent.mkdir(parents=True, exist_ok=True)
     files = [out.with_suffix(".npz")]
-    np.savez_compressed(files[0], allow_pickle=False, **{name: draw.cpu().numpy() for name, draw in draws.items()})
+    arrays: dict[str, Any] = {name: draw.cpu().numpy() for name, draw in draws.items()}
+    np.savez_compressed(files[0], **arrays)
     if plots.are_images(draws["x"]):
         files.append(out.with_suffix(".png"))
         plots.samples(story, num_observations, seed).savefig(files[1], dpi=110)

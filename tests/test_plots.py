@@ -226,8 +226,9 @@ def test_an_epoch_that_took_no_step_leaves_a_gap():
     assert png(figure)
 
 
-def test_a_flat_history_is_drawn():
-    assert png(plots.learning_curve(history(train=(-5.0,) * 10)))
+@pytest.mark.parametrize("first", [-5.0, -6.0])
+def test_a_flat_history_is_drawn(first):
+    assert png(plots.learning_curve(history(train=(first, *[-5.0] * 99))))
 
 
 # What drawing leaves --------------------------------------------------------------------------------------------------
