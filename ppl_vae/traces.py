@@ -102,12 +102,12 @@ def nodes(trace: Trace) -> dict[str, Site]:
 
 
 def sample_sites(trace: Trace) -> dict[str, Site]:
-    """The random variables of a trace by name, without the plates."""
-    return {
-        name: site
-        for name, site in nodes(trace).items()
-        if site["type"] == "sample" and not site_is_subsample(cast(Any, site))
-    }
+    """The random variables of a trace by name, without plates and ``pyro.deterministic`` values."""
+    return {name: site for name, site in nodes(trace).items() if site["type"] == "sample" and _is_random(site)}
+
+
+def _is_random(site: Site) -> bool:
+    return not site_is_subsample(cast(Any, site)) and not site["infer"].get("_deterministic")
 
 
 def observed_sites(trace: Trace) -> dict[str, Site]:

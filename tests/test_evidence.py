@@ -155,6 +155,24 @@ def test_a_discrete_latent_that_the_guide_leaves_to_the_model_is_averaged_over(f
     assert (abs(evidence["estimate"].values - truth) < 4.5 * evidence["standard_error"].values).all()
 
 
+def test_deterministic_values_are_neither_drawn_nor_scored(float64):
+    class Squared(nn.Module):
+        def model(self, x):
+            with pyro.plate("observations", len(x)):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                loc = pyro.deterministic("loc", 2 * z)
+                pyro.sample("x", dist.Normal(loc, 0.5), obs=x)
+
+        def guide(self, x):
+            with pyro.plate("observations", len(x)):
+                pyro.sample("z", dist.Normal(2 * x / 4.25, math.sqrt(0.25 / 4.25)))
+
+    x = torch.randn(8)
+    evidence = log_evidence(Squared(), x, num_particles=50)
+    np.testing.assert_allclose(evidence["estimate"], scipy.stats.norm.logpdf(x, 0, math.sqrt(4.25)), atol=1e-10)
+    assert evidence.dataset.attrs["num_dimensions"] == 1
+
+
 # Negative controls: what the package must not do
 
 

@@ -249,6 +249,19 @@ def test_ten_bad_batches_in_a_row_stop_training_and_name_the_site():
     assert torch.isfinite(weights(story)).all()
 
 
+def test_training_that_diverges_says_so():
+    with pytest.raises(FloatingPointError, match="smaller learning rate"):
+        fit(small_vae(), images(), validation=images(), epochs=3, optimizer=partial(torch.optim.SGD, lr=1e30))
+
+
+def test_a_frozen_parameter_stays_and_needs_no_warning():
+    story = TwoLatents()
+    story.loadings.bias.requires_grad_(False)
+    before = story.loadings.bias.clone()
+    fit(story, rows(), epochs=1)
+    assert torch.equal(story.loadings.bias, before)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -83,7 +83,7 @@ def fit(
 
     Raises:
         ValueError: when an argument, the story or the data are not what they should be, before the first step.
-        FloatingPointError: when loss or gradient are not finite for ten batches in a row.
+        FloatingPointError: when loss or gradient are not finite for ten batches in a row, or no validation ELBO is.
 
     >>> from ppl_vae import VAE, likelihoods, networks, posteriors, priors
     >>> vae = VAE(
@@ -135,6 +135,8 @@ def fit(
             bar.set_postfix({key: f"{row[key]:.2f}" for key in ("train_elbo", "validation_elbo") if key in row})
             if stop:
                 break
+    if held_out and best.weights is None:
+        raise FloatingPointError("No epoch had a finite validation ELBO. Try a smaller learning rate, or clip.")
     return history
 
 
@@ -203,6 +205,7 @@ def _training(story: Story, device: torch.device) -> Iterator[None]:
             stack.enter_context(context)
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "Encountered NaN")  # such a step is not taken, and counted
+        warnings.filterwarnings("ignore", ".*was not registered in the param store")  # frozen on purpose
         story.train(True)
         try:
             yield
