@@ -66,8 +66,8 @@ def test_fit_reaches_the_optimum_of_probabilistic_pca(float64):
     x = truth.model(num_observations=1000).detach()
     decoder = likelihoods.Normal(nn.Linear(2, 6), scale=likelihoods.learned(1.0))
     story = VAE(priors.StandardNormal(2), decoder, posteriors.DiagonalNormal(nn.Linear(6, 4)))
-    decay = partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.985)
-    fit(story, x, epochs=400, batch_size=100, optimizer=partial(torch.optim.Adam, lr=2e-2), schedule=decay)
+    decay = partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.995)
+    fit(story, x, epochs=1000, batch_size=100, optimizer=partial(torch.optim.Adam, lr=2e-2), schedule=decay)
 
     eigenvalues = torch.linalg.eigvalsh(torch.cov(x.T, correction=0)).flip(0)
     noise_variance = eigenvalues[2:].mean()
