@@ -331,10 +331,10 @@ def _read_path(path: Path, label_column: str | int | None) -> _Rows:
 
 def _read_memory(source: object) -> _Rows:
     match source:
+        case np.ndarray() | Tensor():  # first: for some releases of numpy an array is a sequence, of two rows a pair
+            return _Rows(_observations(source, "x"))
         case (x, labels):
             return _labelled(_observations(x, "x"), labels, "labels")
-        case np.ndarray() | Tensor():
-            return _Rows(_observations(source, "x"))
         case tuple():
             raise ValueError(f"expected a tuple (x, labels), found one of length {len(source)}")
     raise TypeError(

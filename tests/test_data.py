@@ -523,6 +523,12 @@ def test_empty_data_are_refused(shape):
     assert str(shape) in refusal(ValueError, np.zeros(shape))
 
 
+@pytest.mark.parametrize("make", [np.zeros, torch.zeros])
+def test_an_array_of_two_rows_is_not_a_pair_of_observations_and_labels(make):
+    with pytest.raises(ValueError, match="split|row"):
+        data.load(make((2, 3)))
+
+
 @pytest.mark.parametrize("source", [3, None, [1, 2, 3], {"x": 1}, b"digits"])
 def test_other_sources_are_refused(source):
     assert type(source).__name__ in refusal(TypeError, source)
