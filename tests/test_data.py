@@ -525,7 +525,7 @@ def test_empty_data_are_refused(shape):
 
 @pytest.mark.parametrize("make", [np.zeros, torch.zeros])
 def test_an_array_of_two_rows_is_not_a_pair_of_observations_and_labels(make):
-    with pytest.raises(ValueError, match="split|row"):
+    with pytest.raises(ValueError, match=r"split|row"):
         data.load(make((2, 3)))
 
 
