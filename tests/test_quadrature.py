@@ -35,7 +35,7 @@ def test_quadrature_finds_the_closed_form(float64, latent_dim):
 
 
 def test_the_grid_is_refined_until_narrow_posteriors_are_resolved(float64):
-    story = linear_gaussian(num_features=8, latent_dim=2, scale=0.02)
+    story = linear_gaussian(num_features=8, latent_dim=2, scale=0.05)
     x = story.model(num_observations=20).detach()
     evidence = log_evidence(story, x, method="quadrature")
     error = abs(evidence["estimate"].values - closed_form_log_evidence(story, x).numpy())
