@@ -122,6 +122,8 @@ def log_prob(trace: Trace, sites: dict[str, Site]) -> Tensor:
         ValueError: when a site is scaled (by ``poutine.scale`` or a subsampled plate), or sites differ in their number
             of rows: such a number is not the log probability of an observation.
     """
+    if not sites:  # a guide whose model sums out every latent
+        return torch.zeros(())
     trace.compute_log_prob(site_filter=lambda name, _: name in sites)
     shapes = {name: tuple(site["log_prob"].shape) for name, site in sites.items()}
     if len(set(shapes.values())) > 1:
@@ -182,7 +184,7 @@ def fastest_layout(story: Story, rows: Columns) -> Layout:
         programs = [poutine.replay(program, trace=latents) for program in (story.guide, story.model)]
         in_rows = [run_particles(program, rows, 2, "rows") for program in programs]
         as_defined = [log_prob(trace, sample_sites(trace)).reshape(in_plate[0].shape) for trace in in_rows]
-    except (RuntimeError, ValueError, IndexError, TypeError):
+    except Exception:  # whatever a user's program raises when it is broadcast, as rows it is defined
         return "rows"
     same = all(torch.allclose(p, q, rtol=1e-4) for p, q in zip(in_plate, as_defined, strict=True))
     return "plate" if same else "rows"

@@ -677,6 +677,17 @@ def test_story_detached_from_all_its_parameters_is_refused(x):
     assert_says(refusal(Told(model, guide), x), "4 of 4 parameters receive no gradient")
 
 
+def model_of_parts(self, x):
+    with pyro.plate("observations", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(5), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(self.decode(z), 1.0).to_event(1), obs=x)
+
+
+def guide_of_parts(self, x):
+    with pyro.plate("observations", len(x)):
+        pyro.sample("z", dist.Normal(self.encode(x), 1.0).to_event(1))
+
+
 def test_pyro_module_parts_that_collide_in_a_plain_story_are_refused(x):
     class Part(PyroModule):
         def __init__(self):
@@ -686,31 +697,15 @@ def test_pyro_module_parts_that_collide_in_a_plain_story_are_refused(x):
         def forward(self, x):
             return self.net(x)
 
-    def model(self, x):
-        with pyro.plate("observations", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(5), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(self.decode(z), 1.0).to_event(1), obs=x)
-
-    def guide(self, x):
-        with pyro.plate("observations", len(x)):
-            pyro.sample("z", dist.Normal(self.encode(x), 1.0).to_event(1))
-
-    message = refusal(Told(model, guide, decode=Part(), encode=Part()), x)
+    message = refusal(Told(model_of_parts, guide_of_parts, decode=Part(), encode=Part()), x)
     assert_says(message, "'net$$$weight'", "share the name", "never train", "plain nn.Modules")
 
 
 def test_pyro_modules_that_share_a_name_directly_are_refused(x):
-    def model(self, x):
-        with pyro.plate("observations", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(5), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(self.decode(z), 1.0).to_event(1), obs=x)
-
-    def guide(self, x):
-        with pyro.plate("observations", len(x)):
-            pyro.sample("z", dist.Normal(self.encode(x), 1.0).to_event(1))
-
     parts = {name: PyroModule[nn.Linear](5, 5) for name in ("decode", "encode")}
-    assert_says(refusal(Told(model, guide, **parts), x), "share the name 'weight'", "plain nn.Modules")
+    assert_says(
+        refusal(Told(model_of_parts, guide_of_parts, **parts), x), "share the name 'weight'", "plain nn.Modules"
+    )
 
 
 def test_one_layer_in_two_places_is_no_collision(x):
@@ -724,16 +719,7 @@ def test_one_layer_in_two_places_is_no_collision(x):
         def forward(self, x):
             return self.net(x)
 
-    def model(self, x):
-        with pyro.plate("observations", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(5), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(self.decode(z), 1.0).to_event(1), obs=x)
-
-    def guide(self, x):
-        with pyro.plate("observations", len(x)):
-            pyro.sample("z", dist.Normal(self.encode(x), 1.0).to_event(1))
-
-    check(Told(model, guide, decode=Part(), encode=Part()), x)
+    check(Told(model_of_parts, guide_of_parts, decode=Part(), encode=Part()), x)
 
 
 def test_pyro_param_that_the_story_does_not_hold_is_refused(x):

@@ -155,6 +155,33 @@ def test_a_discrete_latent_that_the_guide_leaves_to_the_model_is_averaged_over(f
     assert (abs(evidence["estimate"].values - truth) < 4.5 * evidence["standard_error"].values).all()
 
 
+@pytest.mark.parametrize("method", ["importance", "prior"])
+def test_a_story_may_sum_out_its_only_latent(float64, method):
+    class Coin(nn.Module):
+        def model(self, x):
+            with pyro.plate("observations", len(x)):
+                side = pyro.sample("side", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+                pyro.sample("x", dist.Normal(2 * side, 1.0), obs=x)
+
+        def guide(self, x):
+            pass
+
+    x = torch.linspace(-1, 3, 5)
+    evidence = log_evidence(Coin(), x, method=method, num_particles=2000)
+    truth = np.log(0.7 * scipy.stats.norm.pdf(x, 0) + 0.3 * scipy.stats.norm.pdf(x, 2))
+    assert (abs(evidence["estimate"].values - truth) < 4.5 * evidence["standard_error"].values).all()
+
+
+def test_a_story_that_asserts_its_shapes_runs_as_rows():
+    class Strict(nn.Module):
+        def forward(self, z):
+            assert z.dim() == 2, "one row per observation"
+            return z @ torch.ones(2, 3)
+
+    story = VAE(priors.StandardNormal(2), likelihoods.Bernoulli(Strict()), posteriors.DiagonalNormal(nn.Linear(3, 4)))
+    assert log_evidence(story, torch.ones(4, 3), num_particles=5)["estimate"].shape == (4,)
+
+
 def test_deterministic_values_are_neither_drawn_nor_scored(float64):
     class Squared(nn.Module):
         def model(self, x):
