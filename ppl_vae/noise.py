@@ -24,6 +24,7 @@ class Purpose(IntEnum):
     EVIDENCE = 5
     CHECK = 6
     PREDICTIVE = 7
+    PROPOSAL = 8
 
 
 def unit_seed(seed: int, purpose: Purpose, *indices: int) -> int:

@@ -190,22 +190,6 @@ def fastest_layout(story: Story, rows: Columns) -> Layout:
     return "plate" if same else "rows"
 
 
-def importance_log_weights(story: Story, columns: Columns, num_particles: int, layout: Layout = "rows") -> Tensor:
-    r"""Log weights :math:`\log p(x_n, z_{sn}) - \log q(z_{sn} \mid x_n)` of draws from the guide, shape (S, N)."""
-    guide_trace = run_particles(story.guide, columns, num_particles, layout)
-    model = poutine.replay(scored_model(story), trace=guide_trace)
-    model_trace = run_particles(model, columns, num_particles, layout)
-    log_p = log_prob(model_trace, sample_sites(model_trace))
-    log_q = log_prob(guide_trace, sample_sites(guide_trace))
-    return (log_p - log_q).reshape(num_particles, -1)
-
-
-def prior_log_weights(story: Story, columns: Columns, num_particles: int, layout: Layout = "rows") -> Tensor:
-    r"""Log weights :math:`\log p(x_n \mid z_{sn})` of draws from the prior, shape (S, N)."""
-    model_trace = run_particles(story.model, columns, num_particles, layout)
-    return log_prob(model_trace, observed_sites(model_trace)).reshape(num_particles, -1)
-
-
 def draws(trace: Trace) -> dict[str, Tensor]:
     """The value of each random variable, by site name."""
     return {name: site["value"] for name, site in sample_sites(trace).items()}

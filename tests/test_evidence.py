@@ -24,8 +24,15 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from ppl_vae import VAE, likelihoods, log_evidence, noise, posteriors, priors, traces
-from ppl_vae.evidence import estimators
+from ppl_vae.evidence.joint import joint_of
+from ppl_vae.evidence.proposals import Block, FromGuide
 from ppl_vae.evidence.weights import WeightSums
+
+
+def guide_log_weights(story, *columns: Tensor, num_particles: int, layout: traces.Layout = "rows") -> Tensor:
+    block = Block(joint_of(story, columns, layout), columns, first=0, seed=0)
+    return FromGuide(block).log_weights(num_particles)
+
 
 # Against the closed form
 
@@ -34,14 +41,14 @@ def test_exact_guide_makes_every_log_weight_equal_log_p(float64):
     story = linear_gaussian(num_features=7, latent_dim=3)
     x = story.model(num_observations=50).detach()
     with traces.scoring(story):
-        log_weights = traces.importance_log_weights(story, (x,), 20)
+        log_weights = guide_log_weights(story, x, num_particles=20)
     assert (log_weights - closed_form_log_evidence(story, x)).abs().max() < 1e-10
 
 
 def test_exact_guide_is_reported_as_exact(float64):
     story = linear_gaussian(num_features=7, latent_dim=3)
     x = story.model(num_observations=40).detach()
-    evidence = log_evidence(story, x, num_particles=100)
+    evidence = log_evidence(story, x, num_particles=100, method="importance")
     assert set(evidence["verdict"].values) == {"exact"}
     np.testing.assert_allclose(evidence["estimate"], closed_form_log_evidence(story, x), atol=1e-10)
     assert evidence["standard_error"].max() < 1e-6
@@ -52,14 +59,14 @@ def test_exact_guide_is_reported_as_exact(float64):
 def test_exact_guide_is_reported_as_exact_in_single_precision():
     story = linear_gaussian(num_features=50, latent_dim=3)
     x = story.model(num_observations=40).detach()
-    assert set(log_evidence(story, x, num_particles=100)["verdict"].values) == {"exact"}
+    assert set(log_evidence(story, x, num_particles=100, method="importance")["verdict"].values) == {"exact"}
 
 
 @pytest.mark.parametrize("latent_dim", [1, 4])
 def test_trusted_estimates_lie_within_four_standard_errors_of_the_truth(float64, latent_dim):
     story = linear_gaussian(num_features=8, latent_dim=latent_dim, widened=1.3)
     x = story.model(num_observations=64).detach()
-    evidence = log_evidence(story, x, num_particles=2000)
+    evidence = log_evidence(story, x, num_particles=2000, method="importance")
     good = evidence["verdict"].values == "good"
     error = abs(evidence["estimate"].values - closed_form_log_evidence(story, x).numpy())
     assert good.mean() > 0.5
@@ -96,15 +103,15 @@ def test_elbo_importance_and_truth_come_in_this_order(float64):
     story = linear_gaussian(num_features=6, latent_dim=4, widened=2.0)
     x = story.model(num_observations=200).detach()
     elbo = log_evidence(story, x, method="elbo", num_particles=16).summary().mean
-    few = log_evidence(story, x, num_particles=16).summary().mean
-    more = log_evidence(story, x, num_particles=256).summary().mean
+    few = log_evidence(story, x, num_particles=16, method="importance").summary().mean
+    more = log_evidence(story, x, num_particles=256, method="importance").summary().mean
     assert elbo < few < more < closed_form_log_evidence(story, x).mean() + 0.01
 
 
 def test_the_printed_bias_is_that_of_the_estimate(float64):
     story = linear_gaussian(num_features=3, latent_dim=1, widened=2.0)
     x = story.model(num_observations=2000).detach()
-    evidence = log_evidence(story, x, num_particles=20)
+    evidence = log_evidence(story, x, num_particles=20, method="importance")
     error = evidence["estimate"].values - closed_form_log_evidence(story, x).numpy()
     standard_error = error.std(ddof=1) / math.sqrt(len(error))
     assert abs(error.mean() - evidence.summary().bias) < 4 * standard_error
@@ -123,9 +130,9 @@ def test_conditional_evidence_is_of_x_given_y(float64):
                 pyro.sample("z", dist.Normal((x - y) / 1.25, 0.6))
 
     x, y = torch.randn(64), torch.randn(64) * 3
-    evidence = log_evidence(Shifted(), x, y, num_particles=2000)
+    evidence = log_evidence(Shifted(), x, y, num_particles=2000, method="importance")
     truth = scipy.stats.norm.logpdf(x, y, math.sqrt(1.25))
-    assert (abs(evidence["estimate"].values - truth) < 4.5 * evidence["standard_error"].values).all()
+    assert (abs(evidence["estimate"].values - truth) < 4.5 * evidence["standard_error"].values + 1e-8).all()
 
 
 def test_a_story_of_two_latents_agrees_with_quadrature(float64):
@@ -152,7 +159,7 @@ def test_a_discrete_latent_that_the_guide_leaves_to_the_model_is_averaged_over(f
     evidence = log_evidence(story, x, method=method, num_particles=num_particles)
     component = torch.distributions.Normal(story.loc, math.sqrt(1.25))
     truth = (component.log_prob(x[:, None]) + story.logits.log_softmax(0)).logsumexp(1).detach().numpy()
-    assert (abs(evidence["estimate"].values - truth) < 4.5 * evidence["standard_error"].values).all()
+    assert (abs(evidence["estimate"].values - truth) < 4.5 * evidence["standard_error"].values + 1e-8).all()
 
 
 @pytest.mark.parametrize("method", ["importance", "prior"])
@@ -169,7 +176,7 @@ def test_a_story_may_sum_out_its_only_latent(float64, method):
     x = torch.linspace(-1, 3, 5)
     evidence = log_evidence(Coin(), x, method=method, num_particles=2000)
     truth = np.log(0.7 * scipy.stats.norm.pdf(x, 0) + 0.3 * scipy.stats.norm.pdf(x, 2))
-    assert (abs(evidence["estimate"].values - truth) < 4.5 * evidence["standard_error"].values).all()
+    assert (abs(evidence["estimate"].values - truth) < 4.5 * evidence["standard_error"].values + 1e-8).all()
 
 
 def test_a_story_that_asserts_its_shapes_runs_as_rows():
@@ -179,7 +186,7 @@ def test_a_story_that_asserts_its_shapes_runs_as_rows():
             return z @ torch.ones(2, 3)
 
     story = VAE(priors.StandardNormal(2), likelihoods.Bernoulli(Strict()), posteriors.DiagonalNormal(nn.Linear(3, 4)))
-    assert log_evidence(story, torch.ones(4, 3), num_particles=5)["estimate"].shape == (4,)
+    assert log_evidence(story, torch.ones(4, 3), num_particles=5, method="importance")["estimate"].shape == (4,)
 
 
 def test_deterministic_values_are_neither_drawn_nor_scored(float64):
@@ -195,7 +202,7 @@ def test_deterministic_values_are_neither_drawn_nor_scored(float64):
                 pyro.sample("z", dist.Normal(2 * x / 4.25, math.sqrt(0.25 / 4.25)))
 
     x = torch.randn(8)
-    evidence = log_evidence(Squared(), x, num_particles=50)
+    evidence = log_evidence(Squared(), x, num_particles=50, method="importance")
     np.testing.assert_allclose(evidence["estimate"], scipy.stats.norm.logpdf(x, 0, math.sqrt(4.25)), atol=1e-10)
     assert evidence.dataset.attrs["num_dimensions"] == 1
 
@@ -207,7 +214,7 @@ def test_weights_shared_by_a_batch_would_be_wrong(float64):
     story = linear_gaussian(num_features=6, latent_dim=2, widened=1.5)
     x = story.model(num_observations=64).detach()
     with traces.scoring(story):
-        log_weights = traces.importance_log_weights(story, (x,), 500)
+        log_weights = guide_log_weights(story, x, num_particles=500)
     truth = closed_form_log_evidence(story, x).sum()
     apart = (log_weights.logsumexp(0) - math.log(500)).sum()
     shared = log_weights.sum(1).logsumexp(0) - math.log(500)
@@ -219,7 +226,7 @@ def test_a_scaled_story_is_refused():
     story = small_vae()
     story.model = poutine.scale(story.model, 0.5)
     with pytest.raises(ValueError, match=r"scaled by 0\.5"):
-        log_evidence(story, images(), num_particles=5)
+        log_evidence(story, images(), num_particles=5, method="importance")
 
 
 def test_a_subsampled_plate_is_refused():
@@ -233,7 +240,7 @@ def test_a_subsampled_plate_is_refused():
                 pyro.sample("z", dist.Normal(0.0, 1.0))
 
     with pytest.raises(ValueError, match="scaled"):
-        log_evidence(Subsampled(), torch.randn(10), num_particles=5)
+        log_evidence(Subsampled(), torch.randn(10), num_particles=5, method="importance")
 
 
 def test_training_mode_does_not_matter_and_is_left_as_it_was():
@@ -241,10 +248,10 @@ def test_training_mode_does_not_matter_and_is_left_as_it_was():
     story = VAE(priors.StandardNormal(2), small_vae().decoder, posteriors.DiagonalNormal(encoder))
     story.train()
     statistics = encoder[2].running_mean.clone()
-    training = log_evidence(story, images(), num_particles=10)
+    training = log_evidence(story, images(), num_particles=10, method="importance")
     assert encoder[2].training and torch.equal(encoder[2].running_mean, statistics)
     story.eval()
-    assert training["estimate"].equals(log_evidence(story, images(), num_particles=10)["estimate"])
+    assert training["estimate"].equals(log_evidence(story, images(), num_particles=10, method="importance")["estimate"])
 
 
 # Noise and layout
@@ -256,7 +263,7 @@ def test_the_plate_of_particles_gives_what_particles_as_rows_give():
         weights = []
         for layout in ("rows", "plate"):
             with noise.unit(torch.device("cpu"), 0, noise.Purpose.EVIDENCE):
-                weights.append(traces.importance_log_weights(story, (images(),), 7, layout))
+                weights.append(guide_log_weights(story, images(), num_particles=7, layout=layout))
     assert torch.allclose(*weights, atol=1e-4)
 
 
@@ -287,10 +294,10 @@ def test_a_story_that_mixes_particles_under_a_plate_runs_as_rows():
 
 def test_an_observations_noise_depends_on_its_place_and_the_seed_only():
     story, x = small_vae(), images(100)
-    whole = log_evidence(story, x, num_particles=100)["estimate"].values
-    again = log_evidence(story, x, num_particles=100)["estimate"].values
-    start = log_evidence(story, x[:64], num_particles=100)["estimate"].values
-    other = log_evidence(story, x, num_particles=100, seed=1)["estimate"].values
+    whole = log_evidence(story, x, num_particles=100, method="importance")["estimate"].values
+    again = log_evidence(story, x, num_particles=100, method="importance")["estimate"].values
+    start = log_evidence(story, x[:64], num_particles=100, method="importance")["estimate"].values
+    other = log_evidence(story, x, num_particles=100, seed=1, method="importance")["estimate"].values
     np.testing.assert_array_equal(whole, again)
     np.testing.assert_allclose(whole[:64], start, rtol=1e-6)
     assert (whole != other).all()
@@ -300,7 +307,7 @@ def test_generators_and_parameter_store_are_left_as_they_were():
     pyro.param("mine", torch.ones(1))
     story = small_vae()
     before = torch.random.get_rng_state()
-    log_evidence(story, images(), num_particles=10)
+    log_evidence(story, images(), num_particles=10, method="importance")
     assert torch.equal(before, torch.random.get_rng_state())
     assert list(pyro.get_param_store()) == ["mine"]
 
@@ -352,53 +359,22 @@ def test_weights_of_which_one_rules_are_poor(spread):
     assert set(feed(log_w, [500]).verdicts()) == {"poor"}
 
 
-def test_pareto_k_finds_the_theory_of_a_narrow_proposal():
-    scale = 0.8  # target N(0, 1), proposal N(0, 0.8^2): k = 1 - 0.8^2
-    z = scale * torch.randn(400_000, 1, dtype=torch.float64)
-    log_w = -z.square() / 2 + z.square() / (2 * scale**2) + math.log(scale)
-    assert abs(feed(log_w, [400_000]).pareto_k.item() - (1 - scale**2)) < 0.1
-
-
-def test_gamma_weights_have_the_bias_and_variance_of_theory():
-    shape, num_particles, repeats = 2.0, 10, 100_000
-    w = torch.distributions.Gamma(torch.tensor(shape, dtype=torch.float64), 1.0).sample((num_particles, repeats))
-    error = (feed(w.log(), [num_particles]).log_mean - math.log(shape)).numpy()
-    bias = scipy.special.digamma(shape * num_particles) - math.log(shape * num_particles)
-    variance = scipy.special.polygamma(1, shape * num_particles)
-    assert abs(error.mean() - bias) < 4 * math.sqrt(variance / repeats)
-    assert abs(error.var() / variance - 1) < 4 * math.sqrt(3 / repeats)
-
-
-def test_some_zero_weights_are_legal():
-    log_w = torch.randn(100, 2, dtype=torch.float64)
-    log_w[::2, 0] = -torch.inf
-    sums = feed(log_w, [50, 50])
-    np.testing.assert_allclose(sums.log_mean[0], log_w[1::2, 0].exp().sum().div(100).log())
-    assert torch.isfinite(sums.relative_variance).all()
-
-
-def test_weights_that_are_all_zero_mean_log_p_is_minus_infinity_and_poor():
-    sums = feed(torch.full((100, 1), -torch.inf), [60, 40])
-    assert sums.log_mean.item() == -math.inf and sums.ess.item() == 0
-    assert sums.verdicts() == ["poor"]
-
-
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_bad_weights_are_an_error_naming_the_observations(bad, monkeypatch):
-    def broken(story, columns, num_particles, layout):
-        log_w = torch.zeros(num_particles, len(columns[0]))
+    def broken(proposal, num_particles):
+        log_w = torch.zeros(num_particles, proposal.block.size)
         log_w[0, 3] = bad
         return log_w
 
-    monkeypatch.setitem(estimators.PROPOSALS, "importance", broken)
+    monkeypatch.setattr(FromGuide, "log_weights", broken)
     with pytest.raises(ValueError, match=r"observations \[3\]"):
-        log_evidence(small_vae(), images(32), num_particles=5)
+        log_evidence(small_vae(), images(32), num_particles=5, method="importance")
 
 
 def test_verdict_comes_from_a_pilot_and_not_from_the_draws_it_judges():
     story = small_vae()
-    few = log_evidence(story, images(), num_particles=100)
-    many = log_evidence(story, images(), num_particles=1000)
+    few = log_evidence(story, images(), num_particles=100, method="importance")
+    many = log_evidence(story, images(), num_particles=1000, method="importance")
     assert few["pilot_pareto_k"].equals(many["pilot_pareto_k"])
     assert few["verdict"].equals(many["verdict"])
     assert not few["pareto_k"].equals(many["pareto_k"])
@@ -408,7 +384,7 @@ def test_verdict_comes_from_a_pilot_and_not_from_the_draws_it_judges():
 
 
 def test_summary_keeps_three_errors_apart():
-    evidence = log_evidence(small_vae(), images(), num_particles=50)
+    evidence = log_evidence(small_vae(), images(), num_particles=50, method="importance")
     summary, table = evidence.summary(), evidence.dataset
     assert summary.mean == pytest.approx(float(table["estimate"].mean()))
     assert summary.monte_carlo_error == pytest.approx(math.sqrt((table["standard_error"] ** 2).sum()) / 40)
@@ -428,5 +404,5 @@ def test_wrong_arguments_are_named(arguments, message):
 
 
 def test_one_observation_is_enough():
-    evidence = log_evidence(small_vae(), images(1), num_particles=10)
+    evidence = log_evidence(small_vae(), images(1), num_particles=10, method="importance")
     assert evidence["estimate"].shape == (1,) and math.isnan(evidence.summary().test_sampling_error)

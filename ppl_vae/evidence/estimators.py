@@ -1,36 +1,60 @@
-"""Estimators of log p(x): draw particles in fixed units of noise, weigh them, keep one column per observation."""
+"""log p(x) of each observation: one function, many estimators, and the table that they fill."""
 
-from collections.abc import Callable
+import hashlib
+import json
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
-import pyro.infer
 import torch
 import xarray as xr
 from torch import Tensor
 from tqdm import tqdm
 
 from ppl_vae import checks, noise, traces
-from ppl_vae.evidence import quadrature
+from ppl_vae.evidence import escalation, naive, quadrature, sharing
+from ppl_vae.evidence.escalation import Planned, Settings
+from ppl_vae.evidence.joint import Joint, joint_of, log_densities
+from ppl_vae.evidence.proposals import OBSERVATIONS_PER_UNIT, Block, FromGuide
 from ppl_vae.evidence.result import Evidence
-from ppl_vae.evidence.weights import NonFiniteWeightsError, WeightSums
+from ppl_vae.evidence.sampling import METHODS, PILOT_PARTICLES, Method, draw
+from ppl_vae.evidence.weights import JACKKNIFE_POWERS, WeightSums
 from ppl_vae.traces import Columns, Layout, Story
 
-# A unit of noise: so many observations times so many particles, whatever the chunk, the machine or the number of ranks.
-OBSERVATIONS_PER_UNIT = 32
-PARTICLES_PER_UNIT = 64
-PILOT_PARTICLES = 500
+MethodName = Literal[
+    "auto", "importance", "mixture", "annealed", "laplace", "prior", "elbo", "pyro", "quadrature", "exact"
+]
+Correction = Literal["jackknife", "jackknife-2", "pareto"]
+Table = dict[str, Any]
 
-Method = Literal["importance", "prior", "elbo", "pyro", "quadrature"]
-LogWeights = Callable[[Story, Columns, int, Layout], Tensor]
+DEFAULT_BUDGET = 60_000
+UNLIMITED = 2**62
+ROWS_HASHED_AT_ONCE = 4096
+COLUMNS = (
+    "observation",
+    "estimate",
+    "standard_error",
+    "bias",
+    "ess",
+    "pareto_k",
+    "pilot_pareto_k",
+    "verdict",
+    "method",
+    "num_particles",
+)
+GRID_POINTS = {1: 1_000, 2: 60_000}  # about how many a grid needs until it stands still
 
 
 def log_evidence(
     story: Story,
     *columns: Tensor,
-    method: Method = "importance",
-    num_particles: int = 1000,
+    method: MethodName | Method = "auto",
+    num_particles: int | None = None,
+    tolerance: float | None = None,
+    budget: int = DEFAULT_BUDGET,
+    correction: Correction | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
     progress: bool | None = None,
@@ -43,156 +67,332 @@ def log_evidence(
     Args:
         story: an ``nn.Module`` with ``model`` and ``guide``.
         columns: tensors whose first dimension is the observation.
-        method: ``"importance"`` weighs draws of the guide by p(x, z) / q(z | x) (Burda, Grosse & Salakhutdinov 2016,
-            https://arxiv.org/abs/1509.00519); ``"prior"`` averages p(x | z) over draws of the prior, naive Monte Carlo;
-            ``"elbo"`` is the mean log weight, a lower bound; ``"pyro"`` is ``pyro.infer.Importance`` run on one
-            observation at a time, the slow reference; ``"quadrature"`` integrates one or two latent dimensions on a
-            refined grid, without chance (its ``standard_error`` is what the last refinement changed).
-        num_particles: draws per observation.
+        method: a name, or a configured method such as ``Annealed(num_temperatures=200)``.
+
+            ``"auto"`` takes quadrature or enumeration where the story allows it and that is cheaper; else, for each
+            observation, the first of importance, mixture and annealed whose pilot run is good.
+            ``"importance"`` weighs draws of the guide by p(x, z) / q(z | x) (Burda, Grosse & Salakhutdinov 2016,
+            https://arxiv.org/abs/1509.00519).
+            ``"laplace"`` weighs draws of Student-t distributions at the posterior's modes; ``"mixture"`` those of
+            prior, guide and refined Laplace together; both move through all continuous latents, and sum out discrete
+            ones. ``"annealed"`` runs chains from there to the posterior (Neal 2001,
+            https://doi.org/10.1023/A:1008923215028).
+            ``"prior"`` averages p(x | z) over draws of the prior, naive Monte Carlo, shared by all observations where
+            the model allows it. ``"elbo"`` is the mean log weight, a lower bound. ``"pyro"`` is
+            ``pyro.infer.Importance``, one observation at a time, the slow reference.
+            ``"quadrature"`` integrates one or two latent dimensions on a refined grid, and ``"exact"`` sums over finite
+            discrete latents; both without chance.
+        num_particles: draws (chains, if annealed) for each observation; None is the method's default.
+        tolerance: standard error wanted of every observation, in nats: pilots choose the number of particles, and the
+            verdict is "unresolved" where ``budget`` does not reach it.
+        budget: evaluations of log p(x, z) for each observation that "auto" or a tolerance may spend, pilots included;
+            a gradient counts as two.
+        correction: ``"jackknife"`` or ``"jackknife-2"`` take out the bias of first, or first and second, order (Nowozin
+            2018, https://openreview.net/forum?id=HyZoi-WRb); ``"pareto"`` smooths the largest weights (Vehtari et al.
+            2024, https://arxiv.org/abs/1507.02646). Corrected estimates are bounds of nothing.
         seed: the noise is a function of it and of the position of an observation.
         device: where to compute; None is where the story is.
         progress: show a bar; None means when standard error is a terminal.
 
     Returns:
-        An :class:`Evidence`. For importance estimates ``standard_error`` and ``bias`` are those of the delta
-        method, :math:`\sqrt{v}` and :math:`-v/2` with :math:`v = \mathrm{Var}(w) / (S \bar w^2)`; believe them as far
-        as ``verdict`` says.
+        An :class:`Evidence`. For weighted draws ``standard_error`` and ``bias`` are those of the delta method,
+        :math:`\sqrt{v}` and :math:`-v/2` with :math:`v = \mathrm{Var}(w) / (S \bar w^2)`; for quadrature
+        ``standard_error`` is what the last refinement changed. Believe them as far as ``verdict`` says.
 
     Raises:
-        ValueError: when the story or the data are not what :func:`ppl_vae.check` expects, when there are no particles,
-            or when a weight is NaN or infinite, naming the observations.
+        ValueError: when the story or the data are not what :func:`ppl_vae.check` expects, when a method does not apply
+            to the story, or when a weight is NaN or infinite, naming the observations.
+        MemoryError: when one particle of one observation does not fit.
 
     >>> from ppl_vae import VAE, likelihoods, networks, posteriors, priors
     >>> vae = VAE(
-    ...     prior=priors.StandardNormal(2),
-    ...     decoder=likelihoods.Bernoulli(networks.mlp(2, 5)),
-    ...     encoder=posteriors.DiagonalNormal(networks.mlp(5, 4)),
+    ...     prior=priors.StandardNormal(3),
+    ...     decoder=likelihoods.Bernoulli(networks.mlp(3, 5)),
+    ...     encoder=posteriors.DiagonalNormal(networks.mlp(5, 6)),
     ... )
     >>> evidence = log_evidence(vae, torch.ones(10, 5), num_particles=100)
     >>> evidence["estimate"].shape
     (10,)
     """
-    if method not in get_args(Method):
-        raise ValueError(f"Unknown method {method!r}; choose one of {', '.join(map(repr, get_args(Method)))}.")
-    if num_particles < 1:
-        raise ValueError(f"num_particles must be at least 1; found {num_particles}.")
+    name = _refuse_nonsense(method, num_particles, tolerance, budget, correction)
     if device is not None:
         story.to(device)
     event_shapes = checks.dry_run(story, *columns)
     with traces.scoring(story):
-        if method == "quadrature":
-            dataset = _integrate(story, traces.to_story(story, columns))
-        else:
-            sampler = _Sampler(story, method, _layout(story, columns), seed)
-            dataset = _sample(sampler, columns, num_particles, progress)
-    num_dimensions = sum(shape.numel() for shape in event_shapes.values())
-    return Evidence(dataset.assign_attrs(unit="nats", seed=seed, num_dimensions=num_dimensions))
+        joint = joint_of(story, columns, _layout(story, columns))
+        if name != "auto" and tolerance is None:
+            budget = UNLIMITED
+        estimation = _Estimation(joint, columns, Settings(num_particles, tolerance, budget), correction, seed, progress)
+        parts, extra = estimation.run(method)
+        measures = _base_measures(story, columns)
+        fingerprint = _fingerprint(story, columns)
+    attributes = {
+        "unit": "nats",
+        "seed": seed,
+        "num_dimensions": sum(shape.numel() for shape in event_shapes.values()),
+        "method": name,
+        "correction": correction or "",
+        "tolerance": math.nan if tolerance is None else tolerance,
+        "budget": budget if budget < UNLIMITED else 0,
+        "base_measure": json.dumps(measures),
+        "fingerprint": fingerprint,
+    }
+    return Evidence(_dataset(parts).assign_attrs(attributes | extra))
 
 
-@dataclass(frozen=True)
-class _Sampler:
-    """Draws and weighs the particles of a block of observations, one unit of noise after another."""
-
-    story: Story
-    method: Method
-    layout: Layout
-    seed: int
-
-    def draw(self, rows: Columns, first: int, num_particles: int, purpose: noise.Purpose) -> WeightSums:
-        """The weights of a block that starts at observation number ``first``."""
-        sums = WeightSums(len(rows[0]), num_particles)
-        for start in range(0, num_particles, PARTICLES_PER_UNIT):
-            size = min(PARTICLES_PER_UNIT, num_particles - start)
-            indices = first // OBSERVATIONS_PER_UNIT, start // PARTICLES_PER_UNIT
-            with noise.unit(rows[0].device, self.seed, purpose, *indices):
-                log_weights = PROPOSALS[self.method](self.story, rows, size, self.layout)
-            try:
-                sums.update(log_weights)
-            except NonFiniteWeightsError as error:
-                raise ValueError(
-                    f"Log weights are NaN or infinite for the observations {[first + row for row in error.rows]}. The "
-                    "model or the guide has a degenerate distribution there; look at their scales."
-                ) from None
-        return sums
+def _refuse_nonsense(
+    method: MethodName | Method,
+    num_particles: int | None,
+    tolerance: float | None,
+    budget: int,
+    correction: Correction | None,
+) -> str:
+    """Raises ValueError for arguments that mean nothing; returns the method's name."""
+    name = method if isinstance(method, str) else method.name
+    if isinstance(method, str) and method not in get_args(MethodName):
+        raise ValueError(f"Unknown method {method!r}; choose one of {', '.join(map(repr, get_args(MethodName)))}.")
+    if num_particles is not None and num_particles < 1:
+        raise ValueError(f"num_particles must be at least 1; found {num_particles}.")
+    if tolerance is not None and not tolerance > 0:
+        raise ValueError(f"tolerance must be positive, in nats; found {tolerance}.")
+    if tolerance is not None and name in ("elbo", "exact", "prior"):
+        raise ValueError(f"method={name!r} takes no tolerance; choose num_particles, or another method.")
+    if budget < 1:
+        raise ValueError(f"budget must be at least 1 evaluation per observation; found {budget}.")
+    if correction is not None and correction not in get_args(Correction):
+        raise ValueError(f"Unknown correction {correction!r}; choose one of {', '.join(get_args(Correction))}.")
+    if correction is not None and name in ("elbo", "quadrature", "exact"):
+        raise ValueError(f"A correction is for averages of weights; method={name!r} has none.")
+    return name
 
 
 def _layout(story: Story, columns: Columns) -> Layout:
+    """Whether the guide can be broadcast over particles."""
     two_rows = traces.to_story(story, tuple(column[torch.arange(2) % len(column)] for column in columns))
     with noise.unit(two_rows[0].device, 0, noise.Purpose.CHECK):
         return traces.fastest_layout(story, two_rows)
 
 
-def _sample(sampler: _Sampler, columns: Columns, num_particles: int, progress: bool | None) -> xr.Dataset:
-    """Evidence by weighted draws, one block of observations after another."""
-    parts = []
-    blocks = range(0, len(columns[0]), OBSERVATIONS_PER_UNIT)
-    for first in tqdm(blocks, desc="evidence", unit="block", disable=None if progress is None else not progress):
-        rows = tuple(column[first : first + OBSERVATIONS_PER_UNIT] for column in columns)
-        parts.append(_estimate(sampler, traces.to_story(sampler.story, rows), first, num_particles))
-    return cast(xr.Dataset, xr.concat(parts, dim="observation"))
+@dataclass(frozen=True)
+class _Estimation:
+    """One call of :func:`log_evidence`."""
+
+    joint: Joint
+    columns: Columns
+    settings: Settings
+    correction: Correction | None
+    seed: int
+    progress: bool | None
+
+    def run(self, method: str | Method) -> tuple[list[Table], dict[str, Any]]:
+        """The rows of the table, in parts, and what is to be said of all of them together."""
+        if not isinstance(method, str):
+            return list(self._by_pilot((method,))), {}
+        if method == "auto":
+            return list(self._auto()), {}
+        if method == "quadrature":
+            return [self._integrate()], {}
+        if method == "exact":
+            return list(self._enumerate()), {}
+        if method == "elbo":
+            return list(self._elbo()), {}
+        if method == "prior" and (scored := sharing.scored_columns(self.joint.story, self._on_device)):
+            return self._share(scored)
+        return list(self._by_pilot((METHODS[method],))), {}
+
+    # Without chance
+
+    def _integrate(self) -> Table:
+        estimate, error = quadrature.quadrature(self.joint, self._on_device)
+        tolerance = self.settings.tolerance
+        verdict = np.where(error < quadrature.TOLERANCE, "exact", "poor").astype(object)
+        if tolerance is not None:
+            verdict[error.numpy() > tolerance] = "unresolved"
+        return _without_chance(np.arange(len(estimate)), "quadrature", estimate, error, verdict)
+
+    def _enumerate(self) -> Iterator[Table]:
+        discrete = self.joint.discrete
+        if self.joint.dim or self.joint.why_no_space or discrete is None:
+            raise ValueError("method='exact' sums over discrete latents with few joint values; this story has others.")
+        for block in self._blocks():
+            densities = self.joint.chunks.map(
+                lambda *rows: log_densities(self.joint.story.model, rows, {}, discrete), *block.columns
+            )
+            nothing = torch.zeros(block.size)
+            yield _without_chance(block.numbers, "exact", densities[1], nothing, np.full(block.size, "exact", object))
+
+    # By weighted draws
+
+    def _by_pilot(self, methods: tuple[Method, ...], rows: Tensor | None = None) -> Iterator[Table]:
+        """The first good and affordable one of some methods, for all observations or for these rows."""
+        for block in self._blocks(rows):
+            for planned in escalation.plan(block, methods, self.settings):
+                yield self._draw(block.at(planned.rows), planned)
+
+    def _draw(self, block: Block, planned: Planned) -> Table:
+        """The evidence of observations that are drawn in the same way."""
+        powers = JACKKNIFE_POWERS if (self.correction or "").startswith("jackknife") else 2
+        sums = draw(block, planned.proposal, planned.num_particles, noise.Purpose.EVIDENCE, powers)
+        table = _of_weights(sums, self.correction)
+        table |= {
+            "observation": block.numbers,
+            "pilot_pareto_k": planned.judgement.pareto_k,
+            "verdict": np.array(planned.judgement.verdicts, dtype=object),
+            "method": np.full(block.size, planned.method.name, object),
+        }
+        if planned.judgement.pareto_k.isnan().all():  # chains: k-hat of so few means nothing
+            table["pareto_k"] = planned.judgement.pareto_k
+        if (tolerance := self.settings.tolerance) is not None:
+            reached = planned.judgement.trusted & (table["standard_error"] <= tolerance)
+            table["verdict"][~reached.numpy()] = "unresolved"
+        return table
+
+    def _elbo(self) -> Iterator[Table]:
+        num_particles = self.settings.num_particles or METHODS["importance"].default_particles
+        for block in self._blocks():
+            sums = draw(block, FromGuide(block), num_particles, noise.Purpose.EVIDENCE)
+            bound = {"estimate": sums.mean, "standard_error": sums.standard_error_of_mean, "bias": sums.mean * 0}
+            nothing = torch.full_like(sums.mean, math.nan)
+            yield (
+                _of_weights(sums, None)
+                | bound
+                | {
+                    "observation": block.numbers,
+                    "pilot_pareto_k": nothing,
+                    "verdict": np.full(block.size, "bound", object),
+                    "method": np.full(block.size, "elbo", object),
+                }
+            )
+
+    def _share(self, scored: dict[str, int]) -> tuple[list[Table], dict[str, Any]]:
+        """Naive Monte Carlo with the same draws for all observations."""
+        num_particles = self.settings.num_particles or METHODS["prior"].default_particles
+        powers = JACKKNIFE_POWERS if (self.correction or "").startswith("jackknife") else 2
+        arguments = self.joint, self._on_device, scored
+        pilots = naive.shared_sums(*arguments, PILOT_PARTICLES, self.seed, noise.Purpose.PILOT)
+        parts = naive.shared_sums(*arguments, num_particles, self.seed, noise.Purpose.EVIDENCE, powers)
+        tables = [
+            _of_weights(part.sums, self.correction)
+            | {
+                "observation": part.rows.numpy(),
+                "pilot_pareto_k": pilot.sums.pareto_k,
+                "verdict": np.array(pilot.sums.verdicts(), dtype=object),
+                "method": np.full(len(part.rows), "prior", object),
+            }
+            for part, pilot in zip(parts, pilots, strict=True)
+        ]
+        return tables, {"monte_carlo_error": naive.error_of_mean(parts)}
+
+    # Whatever is best
+
+    def _auto(self) -> Iterator[Table]:
+        """Enumeration or quadrature where they apply and are cheaper; else, and for what they leave, by pilot."""
+        rows = None
+        if self.joint.dim == 0 and not self.joint.why_no_space and self.joint.discrete is not None:
+            yield from self._enumerate()
+            return
+        if self._quadrature_is_cheap():
+            table = self._integrate()
+            solved = table["verdict"] == "exact"
+            yield {name: column[solved] for name, column in table.items()}
+            rows = torch.from_numpy((~solved).nonzero()[0])
+        ladder = escalation.LADDER if self.joint.can_move else escalation.LADDER[:1]
+        yield from self._by_pilot(ladder, rows)
+
+    def _quadrature_is_cheap(self) -> bool:
+        if not self.joint.can_move or self.joint.dim not in GRID_POINTS:
+            return False
+        columns = self._on_device
+        groups = sharing.rows_with_equal_conditions(columns, sharing.scored_columns(self.joint.story, columns))
+        cost = sum(1 for _ in groups) * GRID_POINTS[self.joint.dim]
+        return cost < self.settings.budget * len(columns[0])
+
+    # The observations
+
+    @property
+    def _on_device(self) -> Columns:
+        return traces.to_story(self.joint.story, self.columns)
+
+    def _blocks(self, rows: Tensor | None = None) -> Iterator[Block]:
+        """Blocks of observations; of some rows, if given, in the blocks where they lie."""
+        size = len(self.columns[0])
+        starts = range(0, size, OBSERVATIONS_PER_UNIT)
+        wanted = torch.ones(size, dtype=torch.bool)
+        if rows is not None:
+            wanted = torch.zeros(size, dtype=torch.bool).index_fill(0, rows, True)
+        hidden = None if self.progress is None else not self.progress
+        for first in tqdm(starts, desc="evidence", unit="block", disable=hidden):
+            inside = wanted[first : first + OBSERVATIONS_PER_UNIT].nonzero().flatten()
+            if not len(inside):
+                continue
+            columns = tuple(column[first : first + OBSERVATIONS_PER_UNIT] for column in self.columns)
+            block = Block(self.joint, traces.to_story(self.joint.story, columns), first, self.seed)
+            yield block if len(inside) == block.size else block.at(inside)
 
 
-def _integrate(story: Story, columns: Columns) -> xr.Dataset:
-    """Evidence without chance: nothing is drawn, so there are no weights to diagnose."""
-    estimate, error = quadrature.quadrature(story, columns)
+# The table
+
+
+def _of_weights(sums: WeightSums, correction: Correction | None) -> Table:
+    """What the weights of some observations say, as columns."""
+    variance = sums.relative_variance
+    estimate, bias = sums.log_mean, -variance / 2
+    if correction is not None:
+        corrected = {"jackknife": lambda: sums.jackknife(1), "jackknife-2": lambda: sums.jackknife(2)}
+        estimate = corrected.get(correction, lambda: sums.pareto_smoothed)()
+        bias = torch.zeros_like(bias) if correction in corrected else torch.full_like(bias, math.nan)
+    return {
+        "estimate": estimate,
+        "standard_error": variance.sqrt(),
+        "bias": bias,
+        "ess": sums.ess,
+        "pareto_k": sums.pareto_k,
+        "num_particles": np.full(len(estimate), sums.count),
+    }
+
+
+def _without_chance(numbers: np.ndarray, method: str, estimate: Tensor, error: Tensor, verdict: np.ndarray) -> Table:
+    """Columns of an estimate for which nothing was drawn."""
     size = len(estimate)
     nothing = np.full(size, np.nan)
-    table = {
-        "estimate": estimate,
-        "standard_error": error,
+    return {
+        "observation": numbers,
+        "estimate": estimate.double().cpu().numpy(),
+        "standard_error": error.double().cpu().numpy(),
         "bias": np.zeros(size),
         "ess": nothing,
         "pareto_k": nothing,
         "pilot_pareto_k": nothing,
-        "verdict": np.where(error < quadrature.TOLERANCE, "exact", "poor"),
-    }
-    return _table(table, 0, "quadrature", num_particles=0)
-
-
-def _table(columns: dict[str, Any], first: int, method: Method, num_particles: int) -> xr.Dataset:
-    """One row per observation, numbered from ``first``."""
-    size = len(columns["estimate"])
-    columns = columns | {"method": [method] * size, "num_particles": [num_particles] * size}
-    variables = {name: ("observation", np.asarray(column)) for name, column in columns.items()}
-    return xr.Dataset(variables, coords={"observation": np.arange(first, first + size)})
-
-
-def _estimate(sampler: _Sampler, rows: Columns, first: int, num_particles: int) -> xr.Dataset:
-    """The evidence of one block of observations."""
-    size = len(rows[0])
-    sums = sampler.draw(rows, first, num_particles, noise.Purpose.EVIDENCE)
-    if sampler.method == "elbo":
-        estimate, standard_error, bias = sums.mean, sums.standard_error_of_mean, torch.zeros(size)
-        pilot_k, verdict = torch.full((size,), torch.nan), ["bound"] * size
-    else:
-        pilot = sampler.draw(rows, first, PILOT_PARTICLES, noise.Purpose.PILOT)
-        estimate, standard_error, bias = sums.log_mean, sums.relative_variance.sqrt(), -sums.relative_variance / 2
-        pilot_k, verdict = pilot.pareto_k, pilot.verdicts()
-    columns = {
-        "estimate": estimate,
-        "standard_error": standard_error,
-        "bias": bias,
-        "ess": sums.ess,
-        "pareto_k": sums.pareto_k,
-        "pilot_pareto_k": pilot_k,
         "verdict": verdict,
+        "method": np.full(size, method, object),
+        "num_particles": np.zeros(size, int),
     }
-    return _table(columns, first, sampler.method, num_particles)
 
 
-def _pyro_log_weights(story: Story, columns: Columns, num_particles: int, layout: Layout) -> Tensor:
-    """Log weights of ``pyro.infer.Importance``, one observation at a time; shape (S, N)."""
-    weights = []
-    for row in range(len(columns[0])):
-        sampler = pyro.infer.Importance(traces.scored_model(story), story.guide, num_samples=num_particles)
-        sampler.run(*(column[row : row + 1] for column in columns))
-        weights.append(torch.stack(cast(list[Tensor], sampler.log_weights)))
-    return torch.stack(weights, dim=1)
+def _dataset(parts: list[Table]) -> xr.Dataset:
+    """One row per observation, in order."""
+    table = {name: np.concatenate([np.asarray(part[name]) for part in parts]) for name in COLUMNS}
+    order = table["observation"].argsort()
+    variables = {name: ("observation", table[name][order]) for name in COLUMNS if name != "observation"}
+    return xr.Dataset(variables, coords={"observation": table["observation"][order]})
 
 
-PROPOSALS: dict[str, LogWeights] = {
-    "importance": traces.importance_log_weights,
-    "prior": traces.prior_log_weights,
-    "elbo": traces.importance_log_weights,
-    "pyro": _pyro_log_weights,
-}
+# What the numbers are of
+
+
+def _base_measures(story: Story, columns: Columns) -> dict[str, str]:
+    """For each scored site, whether its log probabilities are of probabilities or of densities."""
+    sites = sharing.observed_in(story, columns)
+    return {name: "counting" if site["fn"].support.is_discrete else "Lebesgue" for name, site in sites.items()}
+
+
+def _fingerprint(story: Story, columns: Columns) -> str:
+    """A hash of the scored columns as they are; of all columns where the model scores something made from them."""
+    positions = sharing.columns_at_sites(story, columns).values()
+    scored = [columns[position] for position in sorted(set(positions))] or columns
+    digest = hashlib.sha256()
+    for column in scored:
+        digest.update(repr(tuple(column.shape)).encode())
+        for rows in column.detach().cpu().split(ROWS_HASHED_AT_ONCE):
+            digest.update(rows.double().contiguous().numpy().tobytes())
+    return digest.hexdigest()

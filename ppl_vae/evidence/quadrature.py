@@ -1,29 +1,23 @@
 r"""log p(x) by quadrature: the integral over one or two latent dimensions, on a grid that is refined where it matters.
 
-All latents of an observation are taken together in unconstrained coordinates u, each measured in prior standard
-deviations. The trapezoid rule on a smooth integrand that vanishes at the border converges faster than any power of the
-step (Trefethen & Weideman 2014, https://doi.org/10.1137/130932132), so halving the step tells the error.
+All latents of an observation are taken together in unconstrained coordinates u (:mod:`ppl_vae.evidence.joint`). The
+trapezoid rule on a smooth integrand that vanishes at the border converges faster than any power of the step (Trefethen
+& Weideman 2014, https://doi.org/10.1137/130932132), so halving the step tells the error.
 
 Observations with equal conditions share the decoded grid: log p(x_n | z_g) for all n and g is one matrix product for
-the likelihoods that :func:`cross_log_prob` knows.
+the likelihoods that :func:`ppl_vae.evidence.sharing.cross_log_prob` knows.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import singledispatch
-from typing import Any
 
-import pyro.distributions as dist
 import torch
-from pyro import poutine
-from pyro.poutine import Trace
 from torch import Tensor
-from torch.distributions import biject_to
-from torch.nn.functional import softplus
 
-from ppl_vae import noise, traces
-from ppl_vae.traces import Columns, Story, observed_sites, sample_sites
+from ppl_vae import traces
+from ppl_vae.evidence import sharing
+from ppl_vae.evidence.joint import Joint, tell
+from ppl_vae.traces import Columns, sample_sites
 
 TOLERANCE = 4e-3  # nats
 FIRST_STEP, HALVINGS = 0.1, 5
@@ -31,35 +25,41 @@ HALF_WIDTHS = (7.0, 14.0, 28.0)
 RESOLVED = 2 * math.sqrt(math.pi)  # effective points per dimension on a normal whose standard deviation is the step
 NEGLIGIBLE = math.log(1e-9)
 POINTS_AT_ONCE, OBSERVATIONS_AT_ONCE = 4096, 1024
-PRIOR_DRAWS = 2000
 
 
-def quadrature(story: Story, columns: Columns) -> tuple[Tensor, Tensor]:
+def quadrature(joint: Joint, columns: Columns) -> tuple[Tensor, Tensor]:
     """log p(x) of each observation and its error, in nats and float64, both of shape ``(N,)``.
 
     The error is how much the last halving of the step changed the estimate, or a quarter of what the one before did if
     that is more; infinite where the grid is too coarse or too small. Refinement stops where it is below ``TOLERANCE``.
 
     Raises:
-        ValueError: when the story has discrete latents, or more than two latent dimensions.
+        ValueError: when the story has no continuous latent, or more than two latent dimensions.
     """
-    space = _latent_space(story, columns)
-    scored = _scored_columns(story, columns, space)
+    refuse(joint)
+    scored = sharing.scored_columns(joint.story, columns)
     estimate = torch.empty(len(columns[0]), dtype=torch.float64)
     error = torch.empty_like(estimate)
-    for rows in _rows_with_equal_conditions(columns, scored):
+    for rows in sharing.rows_with_equal_conditions(columns, scored):
         for members in rows.split(OBSERVATIONS_AT_ONCE):
-            joint = _Joint(story, tuple(column[members] for column in columns), scored, space)
-            estimate[members.cpu()], error[members.cpu()] = _integrate(joint)
+            shared = _SharedJoint(joint, tuple(column[members] for column in columns), scored)
+            estimate[members.cpu()], error[members.cpu()] = _integrate(shared)
     return estimate, error
+
+
+def refuse(joint: Joint) -> None:
+    """Raises ValueError for a story that quadrature cannot integrate."""
+    joint.require_space("quadrature")
+    if joint.dim > 2:
+        raise ValueError(f"Quadrature is for one or two latent dimensions; this story has {joint.dim}.")
 
 
 # The grid. Its points are whole multiples of the step, called cells.
 
 
-def _integrate(joint: "_Joint") -> tuple[Tensor, Tensor]:
+def _integrate(joint: "_SharedJoint") -> tuple[Tensor, Tensor]:
     """Halves the step until the estimate of every observation stands still."""
-    dim, step, active = joint.space.dim, FIRST_STEP, torch.arange(joint.num_observations)
+    dim, step, active = joint.joint.dim, FIRST_STEP, torch.arange(joint.num_observations)
     cells, sums, share, escaped = _first_grid(joint, active)
     estimate = sums + dim * math.log(step)
     change, error = (torch.full_like(estimate, math.inf) for _ in range(2))
@@ -78,16 +78,16 @@ def _integrate(joint: "_Joint") -> tuple[Tensor, Tensor]:
             break
     if escaped:
         error[:] = math.inf
-    return estimate + joint.space.scale.log().sum().item(), error
+    return estimate, error
 
 
-def _first_grid(joint: "_Joint", active: Tensor) -> tuple[Tensor, Tensor, Tensor, bool]:
+def _first_grid(joint: "_SharedJoint", active: Tensor) -> tuple[Tensor, Tensor, Tensor, bool]:
     """A coarse grid, widened while mass is left at its border: cells, sums, shares, and whether some is left still."""
     cells, sums, share, escaped = torch.empty(0), torch.empty(0), torch.empty(0), True
     for half_width in HALF_WIDTHS:
         last = round(half_width / FIRST_STEP)
         line = torch.arange(-last, last + 1)
-        cells = torch.cartesian_prod(*[line] * joint.space.dim).reshape(-1, joint.space.dim)
+        cells = torch.cartesian_prod(*[line] * joint.joint.dim).reshape(-1, joint.joint.dim)
         sums, _, _ = _scan(joint, active, cells * FIRST_STEP)
         _, share, _ = _scan(joint, active, cells * FIRST_STEP, sums)
         escaped = bool(share[(cells.abs() == last).any(1)].max() > NEGLIGIBLE)
@@ -106,7 +106,7 @@ def _halved(cells: Tensor) -> Tensor:
 
 
 def _scan(
-    joint: "_Joint", active: Tensor, points: Tensor, expected: Tensor | None = None
+    joint: "_SharedJoint", active: Tensor, points: Tensor, expected: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums p(x_n, u_g) over points.
 
@@ -128,39 +128,12 @@ def _scan(
 
 
 @dataclass(frozen=True)
-class _LatentSpace:
-    """All latents of an observation as one vector u, unconstrained and in prior standard deviations."""
-
-    event_shapes: dict[str, torch.Size]
-    transforms: dict[str, Any]
-    loc: Tensor
-    scale: Tensor
-
-    @property
-    def dim(self) -> int:
-        return len(self.loc)
-
-    def latents(self, points: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """The latents at points of shape (G, dim), by site name, and the log of their volume element, shape (G,)."""
-        unconstrained = self.loc + self.scale * points.to(self.loc)
-        sizes = [shape.numel() for shape in self.event_shapes.values()]
-        values, log_volume = {}, torch.zeros(len(points)).to(self.loc)
-        for (name, shape), part in zip(self.event_shapes.items(), unconstrained.split(sizes, dim=1), strict=True):
-            part = part.reshape(len(points), *shape)
-            values[name] = self.transforms[name](part)
-            element = self.transforms[name].log_abs_det_jacobian(part, values[name])
-            log_volume = log_volume + element.reshape(len(points), -1).sum(1)
-        return values, log_volume
-
-
-@dataclass(frozen=True)
-class _Joint:
+class _SharedJoint:
     """log p(x_n, u_g) of observations that share their conditions."""
 
-    story: Story
+    joint: Joint
     columns: Columns
     scored: dict[str, int]
-    space: _LatentSpace
 
     @property
     def num_observations(self) -> int:
@@ -168,106 +141,27 @@ class _Joint:
 
     def log_prob(self, points: Tensor, active: Tensor) -> Tensor:
         """The log joint density of the active observations at points of shape (G, dim); shape (N, G)."""
-        latents, log_volume = self.space.latents(points)
-        first_row = tuple(column[:1].expand(len(points), *column.shape[1:]) for column in self.columns)
-        trace = _tell(self.story, latents, first_row)
-        unobserved = {name: site for name, site in sample_sites(trace).items() if name in latents}
-        log_p = (traces.log_prob(trace, unobserved) + log_volume).unsqueeze(0)
-        for name, site in sample_sites(trace).items():
-            if name in self.scored:
-                x = self.columns[self.scored[name]][active.to(points.device)]
-                log_p = log_p + cross_log_prob(site["fn"], x, 0)
-            elif name not in latents:
-                log_p = log_p + traces.log_prob(trace, {name: site})
+        assert self.joint.space and self.joint.discrete
+        latents, log_volume = self.joint.space.latents(points)
+        assigned = self.joint.discrete
+        log_p = torch.tensor(-math.inf).to(log_volume)
+        for number in range(assigned.size):
+            chosen = {
+                name: values[number].expand(len(points), *values.shape[1:]) for name, values in assigned.values.items()
+            }
+            log_p = torch.logaddexp(log_p, self._log_prob(latents | chosen, active))
+        return log_p + log_volume
+
+    def _log_prob(self, latents: dict[str, Tensor], active: Tensor) -> Tensor:
+        """log p(x_n, latents_g), shape (N, G)."""
+        size = len(next(iter(latents.values())))
+        first_row = tuple(column[:1].expand(size, *column.shape[1:]) for column in self.columns)
+        trace = tell(self.joint.story.model, first_row, latents)
+        sites = sample_sites(trace)
+        not_shared = {name: site for name, site in sites.items() if name not in self.scored}
+        log_p = traces.log_prob(trace, not_shared).unsqueeze(0)
+        for name, position in self.scored.items():
+            traces.refuse_scale(name, sites[name])
+            x = self.columns[position][active.to(log_p.device)]
+            log_p = log_p + sharing.cross_log_prob(sites[name]["fn"], x, 0)
         return log_p.expand(len(active), -1)
-
-
-def _tell(story: Story, latents: dict[str, Tensor], rows: Columns) -> Trace:
-    return poutine.trace(poutine.condition(story.model, data=latents)).get_trace(*rows)
-
-
-def _latent_space(story: Story, columns: Columns) -> _LatentSpace:
-    """Where the prior puts the latents, from draws of it given the first conditions in turn."""
-    rows = tuple(column[torch.arange(PRIOR_DRAWS) % len(column)] for column in columns)
-    with noise.unit(rows[0].device, 0, noise.Purpose.CHECK):
-        trace = poutine.trace(story.model).get_trace(*rows)
-    sites = {name: site for name, site in sample_sites(trace).items() if not site["is_observed"]}
-    if discrete := [name for name, site in sites.items() if site["fn"].support.is_discrete]:
-        raise ValueError(f"Quadrature integrates over continuous latents; {discrete} are discrete.")
-    transforms = {name: biject_to(site["fn"].support) for name, site in sites.items()}
-    draws = {name: transforms[name].inv(site["value"]) for name, site in sites.items()}
-    together = torch.cat([draw.reshape(PRIOR_DRAWS, -1) for draw in draws.values()], dim=1)
-    if together.shape[1] > 2:
-        raise ValueError(f"Quadrature is for one or two latent dimensions; this story has {together.shape[1]}.")
-    shapes = {name: draw.shape[1:] for name, draw in draws.items()}
-    return _LatentSpace(shapes, transforms, together.mean(0), together.std(0))
-
-
-def _scored_columns(story: Story, columns: Columns, space: _LatentSpace) -> dict[str, int]:
-    """Observed sites that score a column as it is, and nothing else of the model looks at: site name -> column."""
-    rows = tuple(column[torch.arange(2) % len(column)] for column in columns)
-    latents, _ = space.latents(torch.zeros(2, space.dim))
-    trace = _tell(story, latents, rows)
-    scored = {
-        name: position
-        for name, site in observed_sites(trace).items()
-        for position, column in enumerate(rows)
-        if site["value"] is column
-    }
-    if not scored:
-        return {}
-    swapped = tuple(row.flip(0) if position in scored.values() else row for position, row in enumerate(rows))
-    retold = _tell(story, latents, swapped)
-    for name, position in scored.items():
-        fns = (traces.nodes(trace)[name]["fn"], traces.nodes(retold)[name]["fn"])
-        log_p = [fn.log_prob(rows[position]) for fn in fns]
-        if not torch.equal(*log_p):
-            return {}
-    return scored
-
-
-def _rows_with_equal_conditions(columns: Columns, scored: dict[str, int]) -> Iterator[Tensor]:
-    """Groups of row numbers whose columns, but for the scored ones, are equal."""
-    conditions = [column for position, column in enumerate(columns) if position not in scored.values()]
-    if not conditions:
-        yield torch.arange(len(columns[0]), device=columns[0].device)
-        return
-    kinds = [column.reshape(len(column), -1).unique(dim=0, return_inverse=True)[1] for column in conditions]
-    _, group = torch.stack(kinds, dim=1).unique(dim=0, return_inverse=True)
-    for number in range(int(group.max()) + 1):
-        yield (group == number).nonzero().flatten()
-
-
-@singledispatch
-def cross_log_prob(distribution: dist.TorchDistribution, x: Tensor, event_dim: int) -> Tensor:
-    """log p_g(x_n) for G distributions and N observations, shape (N, G); densities summed over the event.
-
-    A function of the distribution's form: one matrix product for Bernoulli and for Normal, broadcasting for any other.
-
-    Args:
-        distribution: batch shape ``(G, *event)`` where ``event_dim`` counts the dimensions to sum over.
-        x: observations, shape ``(N, *event)``.
-    """
-    log_p = distribution.log_prob(x.unsqueeze(1))
-    return log_p.flatten(2).sum(2) if event_dim else log_p
-
-
-@cross_log_prob.register
-def _(distribution: dist.Independent, x: Tensor, event_dim: int) -> Tensor:
-    return cross_log_prob(distribution.base_dist, x, event_dim + distribution.reinterpreted_batch_ndims)
-
-
-@cross_log_prob.register
-def _(distribution: dist.Bernoulli, x: Tensor, event_dim: int) -> Tensor:
-    logits = distribution.logits.flatten(1) if event_dim else distribution.logits.unsqueeze(1)
-    return x.reshape(len(x), -1) @ logits.T - softplus(logits).sum(1)
-
-
-@cross_log_prob.register
-def _(distribution: dist.Normal, x: Tensor, event_dim: int) -> Tensor:
-    loc, scale = (t.flatten(1) if event_dim else t.unsqueeze(1) for t in (distribution.loc, distribution.scale))
-    x = x.reshape(len(x), -1)
-    center = loc.mean(0)  # differences of large squares lose digits: measure both from the middle of the grid
-    x, loc, precision = x - center, loc - center, scale**-2
-    squares = x.square() @ precision.T - 2 * x @ (loc * precision).T + (loc.square() * precision).sum(1)
-    return -squares / 2 - scale.log().sum(1) - math.log(2 * math.pi) / 2 * loc.shape[1]

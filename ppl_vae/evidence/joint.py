@@ -1,0 +1,417 @@
+r"""log p(x_n, u): any story's joint density, every continuous latent of an observation in one unconstrained vector u.
+
+A site supported on part of the line is mapped to all of it (``biject_to``), and coordinates are measured in prior
+standard deviations. Discrete latents are summed out, by telling the story once for each of their joint values.
+"""
+
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.poutine import Trace
+from torch import Tensor
+from torch.distributions import biject_to, constraints
+
+from ppl_vae import noise, traces
+from ppl_vae.traces import Columns, Layout, Site, Story, sample_sites
+
+PRIOR_DRAWS = 1000
+ONE_SIGMA = torch.tensor([0.1587, 0.5, 0.8413])
+MAX_ASSIGNMENTS = 4096
+ROWS_AT_ONCE = 8192
+
+
+# Rows in chunks
+
+
+@dataclass
+class Chunks:
+    """How many rows are evaluated at once. Where memory runs out the number is halved; the values stay the same."""
+
+    rows: int = ROWS_AT_ONCE
+
+    def map(self, function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
+        """``function`` of tensors whose first dimension are rows; its results have rows first, too.
+
+        Raises:
+            MemoryError: when a single row does not fit.
+        """
+        parts: list[tuple[Tensor, ...]] = []
+        start = 0
+        while start < len(tensors[0]):
+            size = self.rows
+            try:
+                parts.append(function(*(tensor[start : start + size] for tensor in tensors)))
+            except RuntimeError as error:
+                self._halve(error)
+                continue
+            start += size
+        return tuple(torch.cat(pieces) for pieces in zip(*parts, strict=True))
+
+    def _halve(self, error: RuntimeError) -> None:
+        if not _is_out_of_memory(error):
+            raise error
+        if self.rows == 1:
+            raise MemoryError("The story does not fit in memory with one particle of one observation.") from error
+        self.rows //= 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+# Unconstrained coordinates
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """All continuous latents of an observation as one vector u, unconstrained and in prior standard deviations."""
+
+    event_shapes: dict[str, torch.Size]
+    transforms: dict[str, Any]
+    loc: Tensor
+    scale: Tensor
+
+    @property
+    def dim(self) -> int:
+        """The number of coordinates, K."""
+        return len(self.loc)
+
+    def latents(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """The latents at points of shape (R, K), by site name, and the log of their volume element, shape (R,)."""
+        unconstrained = self.loc + self.scale * u.to(self.loc)
+        sizes = [shape.numel() for shape in self.event_shapes.values()]
+        values, log_volume = {}, self.scale.log().sum().expand(len(u))
+        for (name, shape), part in zip(self.event_shapes.items(), unconstrained.split(sizes, dim=1), strict=True):
+            part = part.reshape(len(u), *shape)
+            values[name] = self.transforms[name](part)
+            element = self.transforms[name].log_abs_det_jacobian(part, values[name])
+            log_volume = log_volume + element.reshape(len(u), -1).sum(1)
+        return values, log_volume
+
+    def coordinates(self, latents: dict[str, Tensor]) -> Tensor:
+        """The points of latents whose first dimension are rows, shape (R, K)."""
+        parts = [self.transforms[name].inv(latents[name]) for name in self.event_shapes]
+        return (torch.cat([part.reshape(len(part), -1) for part in parts], dim=1) - self.loc) / self.scale
+
+
+def latent_space(story: Story, columns: Columns) -> LatentSpace | None:
+    """Where the prior puts the continuous latents, from draws of it given the first conditions in turn.
+
+    None where all latents are discrete.
+
+    Raises:
+        ValueError: when a latent has no unconstrained coordinates.
+    """
+    rows = traces.to_story(story, tuple(column[torch.arange(PRIOR_DRAWS) % len(column)] for column in columns))
+    with noise.unit(rows[0].device, 0, noise.Purpose.CHECK):
+        trace = poutine.trace(story.model).get_trace(*rows)
+    sites = {name: site for name, site in latent_sites(trace).items() if not site["fn"].support.is_discrete}
+    if not sites:
+        return None
+    transforms = {name: _to_support(name, site) for name, site in sites.items()}
+    draws = {name: transforms[name].inv(site["value"]) for name, site in sites.items()}
+    together = torch.cat([draw.reshape(PRIOR_DRAWS, -1) for draw in draws.values()], dim=1)
+    low, middle, high = together.quantile(ONE_SIGMA.to(together), dim=0)  # heavy tails have no standard deviation
+    shapes = {name: draw.shape[1:] for name, draw in draws.items()}
+    return LatentSpace(shapes, transforms, middle, (high - low) / 2)
+
+
+def _to_support(name: str, site: Site) -> Any:
+    """The map from the whole space to the support of a site."""
+    if isinstance(site["fn"], dist.VonMises):
+        raise ValueError(f"Site {name!r} lives on a circle, which has no unconstrained coordinates; use 'importance'.")
+    try:
+        return biject_to(_of_any_row(name, site["fn"].support))
+    except NotImplementedError:
+        raise ValueError(
+            f"Site {name!r} is supported on {site['fn'].support}, which has no unconstrained coordinates; use "
+            "method='importance'."
+        ) from None
+
+
+def _of_any_row(name: str, support: Any) -> Any:
+    """The support of one observation, where it is the same for all."""
+    if isinstance(support, constraints.independent):
+        base = _of_any_row(name, support.base_constraint)
+        return constraints.independent(base, support.reinterpreted_batch_ndims)
+    support = copy(support)
+    for attribute, bound in list(vars(support).items()):
+        if isinstance(bound, Tensor) and bound.dim():
+            if not bool((bound == bound[:1]).all()):
+                raise ValueError(
+                    f"The support of site {name!r} differs between observations. Draw it on a fixed support and "
+                    "transform it in the model, or use method='importance'."
+                )
+            setattr(support, attribute, bound[0])
+    return support
+
+
+def latent_sites(trace: Trace) -> dict[str, Site]:
+    """The random variables of a trace that are not scored against data."""
+    return {name: site for name, site in sample_sites(trace).items() if not site["is_observed"]}
+
+
+# Discrete latents
+
+
+@dataclass(frozen=True)
+class Assignments:
+    """Every joint value of some discrete sites: ``values[name]`` has shape (A, *event)."""
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+    size: int = 1
+
+
+def assignments(sites: dict[str, Site]) -> Assignments:
+    """The joint values of discrete sites with finite support.
+
+    Raises:
+        ValueError: when a support is infinite, differs between observations, or there are more than
+            ``MAX_ASSIGNMENTS`` joint values.
+    """
+    if not sites:
+        return Assignments()
+    supports = [_support_values(name, site["fn"]) for name, site in sites.items()]
+    size = 1
+    for support in supports:
+        size *= len(support)
+    if size > MAX_ASSIGNMENTS:
+        raise ValueError(
+            f"The discrete sites {list(sites)} have {size} joint values, more than {MAX_ASSIGNMENTS} to sum over. Let "
+            "the guide draw some of them instead of marking them for enumeration."
+        )
+    indices = torch.cartesian_prod(*(torch.arange(len(support)) for support in supports)).reshape(size, -1)
+    values = {name: s[indices[:, i].to(s.device)] for i, (name, s) in enumerate(zip(sites, supports, strict=True))}
+    return Assignments(values, size)
+
+
+def _support_values(name: str, fn: Any) -> Tensor:
+    """The values that a discrete site can take, shape (values, *event)."""
+    base = fn
+    while isinstance(base, dist.Independent):
+        base = base.base_dist
+    try:
+        values = base.enumerate_support(expand=False)
+    except NotImplementedError as error:
+        raise ValueError(f"Site {name!r} cannot be summed out: {error}") from None
+    values = values.reshape(len(values), *base.event_shape)
+    if base is fn:
+        return values
+    elements = fn.event_shape.numel() // base.event_shape.numel()
+    if len(values) ** elements > MAX_ASSIGNMENTS:
+        raise ValueError(
+            f"Site {name!r} has {len(values)}^{elements} values, more than {MAX_ASSIGNMENTS} to sum over; let the "
+            "guide draw it instead."
+        )
+    indices = torch.cartesian_prod(*[torch.arange(len(values))] * elements).reshape(-1, elements)
+    return values[indices.to(values.device)].reshape(-1, *fn.event_shape)
+
+
+def tell(program: Callable[..., Any], rows: Columns, latents: dict[str, Tensor]) -> Trace:
+    """The trace of a model or a guide in which these latents have these values, one for each row."""
+    return poutine.trace(poutine.condition(program, data=latents)).get_trace(*rows)
+
+
+def log_densities(
+    program: Callable[..., Any], rows: Columns, latents: dict[str, Tensor], summed: Assignments
+) -> tuple[Tensor, Tensor]:
+    """log p(latents) and log p(latents, x) of each row, shapes (R,), with the sites in ``summed`` summed out."""
+    num_rows = len(rows[0])
+    repeated = {name: value.repeat(summed.size, *(1 for _ in value.shape[1:])) for name, value in latents.items()}
+    assigned = {name: value.repeat_interleave(num_rows, dim=0) for name, value in summed.values.items()}
+    told = repeated | assigned
+    trace = tell(program, traces.as_rows(rows, summed.size), told)
+    sites = sample_sites(trace)
+    log_prior = traces.log_prob(trace, {name: site for name, site in sites.items() if name in told})
+    log_likelihood = traces.log_prob(trace, {name: site for name, site in sites.items() if name not in told})
+    return tuple(  # pyright: ignore[reportReturnType]
+        log_p.expand(summed.size * num_rows).reshape(summed.size, num_rows).logsumexp(0)
+        for log_p in (log_prior, log_prior + log_likelihood)
+    )
+
+
+# The joint density
+
+
+@dataclass(frozen=True)
+class Joint:
+    """A story's densities at chosen latents, row by row.
+
+    Attributes:
+        marked: discrete sites that the model sums out (marked ``infer={"enumerate": "parallel"}``).
+        discrete: all discrete sites of the model.
+        discrete_in_guide: all discrete sites of the guide.
+    """
+
+    story: Story
+    space: LatentSpace | None
+    marked: Assignments
+    discrete: Assignments | None
+    discrete_in_guide: Assignments | None
+    chunks: Chunks
+    layout: Layout
+    why_no_space: str = ""
+
+    @property
+    def dim(self) -> int:
+        """The number of continuous coordinates; 0 where all latents are discrete."""
+        return self.space.dim if self.space else 0
+
+    def log_prob_of_latents(self, rows: Columns, latents: dict[str, Tensor]) -> Tensor:
+        """log p(x, latents) with latents of the guide in their own space and marked sites summed out, shape (R,)."""
+        names = list(latents)
+
+        def density(*tensors: Tensor) -> tuple[Tensor]:
+            values = dict(zip(names, tensors[len(rows) :], strict=True))
+            return (log_densities(self.story.model, tensors[: len(rows)], values, self.marked)[1],)
+
+        return self.chunks.map(density, *rows, *latents.values())[0]
+
+    def log_prob(self, rows: Columns, u: Tensor) -> tuple[Tensor, Tensor]:
+        """log p(u) and log p(x, u) at points of shape (R, K), all discrete latents summed out; shapes (R,)."""
+        log_prior, log_joint = self.chunks.map(lambda u, *rows: self._densities(rows, u), u, *rows)
+        return log_prior, log_joint
+
+    def with_gradients(self, rows: Columns, u: Tensor) -> tuple[Tensor, ...]:
+        """log p(u), log p(x, u), and their gradients at points of shape (R, K); the gradients have its shape."""
+
+        def densities_and_gradients(u: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
+            with torch.enable_grad():
+                u = u.detach().requires_grad_()
+                log_ps = self._densities(rows, u)
+                slopes = [torch.autograd.grad(log_p.sum(), u, retain_graph=True)[0] for log_p in log_ps]
+            return (*(log_p.detach() for log_p in log_ps), *slopes)
+
+        return self.chunks.map(densities_and_gradients, u, *rows)
+
+    def with_hessian(self, rows: Columns, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """log p(x, u), its gradient and its Hessian, shapes (R,), (R, K) and (R, K, K)."""
+
+        def derivatives(u: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
+            with torch.enable_grad():
+                u = u.detach().requires_grad_()
+                log_p = self._densities(rows, u)[1]
+                (slope,) = torch.autograd.grad(log_p.sum(), u, create_graph=True)
+                hessian = torch.stack([_gradient(part, u) for part in slope.sum(0)], dim=1)
+            return log_p.detach(), slope.detach(), hessian
+
+        log_p, slope, hessian = self.chunks.map(derivatives, u, *rows)
+        return log_p, slope, hessian
+
+    def _densities(self, rows: Columns, u: Tensor) -> tuple[Tensor, Tensor]:
+        latents, log_volume = self._space.latents(u)
+        log_prior, log_joint = log_densities(self.story.model, rows, latents, self._discrete)
+        return log_prior + log_volume, log_joint + log_volume
+
+    def log_guide(self, columns: Columns, u: Tensor) -> Tensor:
+        """log q(u | x_n) of particles of shape (S, N, K), discrete latents summed out; shape (S, N)."""
+        num_particles, num_observations, _ = u.shape
+        summed = self.discrete_in_guide or Assignments()
+        if self.layout == "plate" and summed.size == 1:
+            latents, log_volume = self._space.latents(u.flatten(0, 1))
+            latents = {name: value.unflatten(0, u.shape[:2]) for name, value in latents.items()}
+            program = poutine.condition(self.story.guide, data=latents)
+            trace = traces.run_particles(program, columns, num_particles, "plate")
+            return traces.log_prob(trace, sample_sites(trace)) + log_volume.reshape(u.shape[:2])
+
+        def density(u: Tensor, *rows: Tensor) -> tuple[Tensor]:
+            latents, log_volume = self._space.latents(u)
+            return (log_densities(self.story.guide, rows, latents, summed)[0] + log_volume,)
+
+        rows = traces.as_rows(columns, num_particles)
+        return self.chunks.map(density, u.flatten(0, 1), *rows)[0].reshape(num_particles, num_observations)
+
+    def guide_latents(self, columns: Columns, num_particles: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Draws of the guide, by site name and of shape (S * N, *event), and their log density, shape (S, N)."""
+        trace = traces.run_particles(self.story.guide, columns, num_particles, self.layout)
+        log_q = traces.log_prob(trace, sample_sites(trace))
+        latents = traces.draws(trace)
+        if self.layout == "plate":
+            latents = {name: value.flatten(0, 1) for name, value in latents.items()}
+        return latents, log_q.reshape(-1).expand(num_particles * len(columns[0])).reshape(num_particles, -1)
+
+    def guide_points(self, columns: Columns, num_particles: int) -> Tensor:
+        """Draws of the guide, the continuous ones, shape (S, N, K)."""
+        latents, _ = self.guide_latents(columns, num_particles)
+        return self._space.coordinates(latents).reshape(num_particles, len(columns[0]), -1)
+
+    def prior_points(self, columns: Columns, num_particles: int) -> Tensor:
+        """Draws of the prior given each observation's conditions, the continuous ones, shape (S, N, K)."""
+        trace = poutine.trace(self.story.model).get_trace(*traces.as_rows(columns, num_particles))
+        return self._space.coordinates(traces.draws(trace)).reshape(num_particles, len(columns[0]), -1)
+
+    def require_space(self, method: str) -> None:
+        """Raises ValueError when there are no continuous latents to move through, or others that cannot be summed."""
+        if self.space is None:
+            raise ValueError(
+                self.why_no_space or f"method={method!r} needs a continuous latent; use 'exact' for discrete ones."
+            )
+        if not self.can_move:
+            raise ValueError(
+                f"method={method!r} sums out discrete latents, and these have infinitely or too many values; "
+                "use 'importance'."
+            )
+
+    @property
+    def can_move(self) -> bool:
+        """Whether there are continuous latents, and all discrete ones can be summed out."""
+        return self.space is not None and self.discrete is not None and self.discrete_in_guide is not None
+
+    @property
+    def _space(self) -> LatentSpace:
+        assert self.space is not None
+        return self.space
+
+    @property
+    def _discrete(self) -> Assignments:
+        assert self.discrete is not None
+        return self.discrete
+
+
+def _gradient(part: Tensor, u: Tensor) -> Tensor:
+    """Gradient of one component; zero where it does not depend on u."""
+    if not part.requires_grad:
+        return torch.zeros_like(u)
+    (gradient,) = torch.autograd.grad(part, u, retain_graph=True, allow_unused=True)
+    return torch.zeros_like(u) if gradient is None else gradient
+
+
+def joint_of(story: Story, columns: Columns, layout: Layout) -> Joint:
+    """The densities of a story that has passed its dry run."""
+    rows = traces.to_story(story, tuple(column[torch.arange(2) % len(column)] for column in columns))
+    with noise.unit(rows[0].device, 0, noise.Purpose.CHECK):
+        model_trace, guide_trace = traces.run(story, *rows)
+    in_model, in_guide = (_discrete(latent_sites(trace)) for trace in (model_trace, guide_trace))
+    marked = assignments({name: site for name, site in in_model.items() if name not in traces.nodes(guide_trace)})
+    try:
+        space, why_not = latent_space(story, columns), ""
+    except ValueError as error:  # importance sampling does without it
+        space, why_not = None, str(error)
+    return Joint(
+        story=story,
+        space=space,
+        marked=marked,
+        discrete=_assignments_if_finite(in_model),
+        discrete_in_guide=_assignments_if_finite(in_guide),
+        chunks=Chunks(),
+        layout=layout,
+        why_no_space=why_not,
+    )
+
+
+def _discrete(sites: dict[str, Site]) -> dict[str, Site]:
+    return {name: site for name, site in sites.items() if site["fn"].support.is_discrete}
+
+
+def _assignments_if_finite(sites: dict[str, Site]) -> Assignments | None:
+    try:
+        return assignments(sites)
+    except ValueError:
+        return None
