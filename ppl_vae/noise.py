@@ -25,6 +25,7 @@ class Purpose(IntEnum):
     CHECK = 6
     PREDICTIVE = 7
     PROPOSAL = 8
+    BACKWARD = 9
 
 
 def unit_seed(seed: int, purpose: Purpose, *indices: int) -> int:

@@ -11,17 +11,16 @@ import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
-from tqdm import tqdm
 
 from ppl_vae import checks, noise, traces
 from ppl_vae.evidence import escalation, naive, quadrature, sharing
 from ppl_vae.evidence.escalation import Planned, Settings
 from ppl_vae.evidence.joint import Joint, joint_of, log_densities
-from ppl_vae.evidence.proposals import OBSERVATIONS_PER_UNIT, Block, FromGuide
+from ppl_vae.evidence.proposals import Block, FromGuide, blocks
 from ppl_vae.evidence.result import Evidence
 from ppl_vae.evidence.sampling import METHODS, PILOT_PARTICLES, Method, draw
 from ppl_vae.evidence.weights import JACKKNIFE_POWERS, WeightSums
-from ppl_vae.traces import Columns, Layout, Story
+from ppl_vae.traces import Columns, Story
 
 MethodName = Literal[
     "auto", "importance", "mixture", "annealed", "laplace", "prior", "elbo", "pyro", "quadrature", "exact"
@@ -119,7 +118,7 @@ def log_evidence(
         story.to(device)
     event_shapes = checks.dry_run(story, *columns)
     with traces.scoring(story):
-        joint = joint_of(story, columns, _layout(story, columns))
+        joint = joint_of(story, columns)
         if name != "auto" and tolerance is None:
             budget = UNLIMITED
         estimation = _Estimation(joint, columns, Settings(num_particles, tolerance, budget), correction, seed, progress)
@@ -164,13 +163,6 @@ def _refuse_nonsense(
     if correction is not None and name in ("elbo", "quadrature", "exact"):
         raise ValueError(f"A correction is for averages of weights; method={name!r} has none.")
     return name
-
-
-def _layout(story: Story, columns: Columns) -> Layout:
-    """Whether the guide can be broadcast over particles."""
-    two_rows = traces.to_story(story, tuple(column[torch.arange(2) % len(column)] for column in columns))
-    with noise.unit(two_rows[0].device, 0, noise.Purpose.CHECK):
-        return traces.fastest_layout(story, two_rows)
 
 
 @dataclass(frozen=True)
@@ -314,20 +306,7 @@ class _Estimation:
         return traces.to_story(self.joint.story, self.columns)
 
     def _blocks(self, rows: Tensor | None = None) -> Iterator[Block]:
-        """Blocks of observations; of some rows, if given, in the blocks where they lie."""
-        size = len(self.columns[0])
-        starts = range(0, size, OBSERVATIONS_PER_UNIT)
-        wanted = torch.ones(size, dtype=torch.bool)
-        if rows is not None:
-            wanted = torch.zeros(size, dtype=torch.bool).index_fill(0, rows, True)
-        hidden = None if self.progress is None else not self.progress
-        for first in tqdm(starts, desc="evidence", unit="block", disable=hidden):
-            inside = wanted[first : first + OBSERVATIONS_PER_UNIT].nonzero().flatten()
-            if not len(inside):
-                continue
-            columns = tuple(column[first : first + OBSERVATIONS_PER_UNIT] for column in self.columns)
-            block = Block(self.joint, traces.to_story(self.joint.story, columns), first, self.seed)
-            yield block if len(inside) == block.size else block.at(inside)
+        return blocks(self.joint, self.columns, self.seed, self.progress, rows)
 
 
 # The table

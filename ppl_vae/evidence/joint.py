@@ -383,11 +383,12 @@ def _gradient(part: Tensor, u: Tensor) -> Tensor:
     return torch.zeros_like(u) if gradient is None else gradient
 
 
-def joint_of(story: Story, columns: Columns, layout: Layout) -> Joint:
-    """The densities of a story that has passed its dry run."""
+def joint_of(story: Story, columns: Columns, layout: Layout | None = None) -> Joint:
+    """The densities of a story that has passed its dry run; the layout of its guide is the fastest, if not given."""
     rows = traces.to_story(story, tuple(column[torch.arange(2) % len(column)] for column in columns))
     with noise.unit(rows[0].device, 0, noise.Purpose.CHECK):
         model_trace, guide_trace = traces.run(story, *rows)
+        layout = layout or traces.fastest_layout(story, rows)
     in_model, in_guide = (_discrete(latent_sites(trace)) for trace in (model_trace, guide_trace))
     marked = assignments({name: site for name, site in in_model.items() if name not in traces.nodes(guide_trace)})
     try:

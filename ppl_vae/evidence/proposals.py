@@ -6,6 +6,7 @@ log p(x_n, z_sn) - log q(z_sn), shape (S, N), whose exponentials have the mean p
 """
 
 import math
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol, Self, cast
@@ -15,6 +16,7 @@ import pyro.infer
 import torch
 from pyro import poutine
 from torch import Tensor
+from tqdm import tqdm
 
 from ppl_vae import noise, traces
 from ppl_vae.evidence.joint import Joint
@@ -61,6 +63,23 @@ class Block:
         part = () if self.taken is None else (0, int(self.taken[0]))
         block = self.first // OBSERVATIONS_PER_UNIT
         return noise.unit(self.columns[0].device, self.seed, purpose, block, *indices, *part)
+
+
+def blocks(
+    joint: Joint, columns: Columns, seed: int, progress: bool | None = None, rows: Tensor | None = None
+) -> Iterator[Block]:
+    """The observations in blocks, with a bar; or some rows of them, each in the block where it lies."""
+    size = len(columns[0])
+    wanted = torch.ones(size, dtype=torch.bool)
+    if rows is not None:
+        wanted = torch.zeros(size, dtype=torch.bool).index_fill(0, rows, True)
+    starts = range(0, size, OBSERVATIONS_PER_UNIT)
+    for first in tqdm(starts, desc="evidence", unit="block", disable=None if progress is None else not progress):
+        inside = wanted[first : first + OBSERVATIONS_PER_UNIT].nonzero().flatten()
+        if len(inside):
+            some = tuple(column[first : first + OBSERVATIONS_PER_UNIT] for column in columns)
+            block = Block(joint, traces.to_story(joint.story, some), first, seed)
+            yield block if len(inside) == block.size else block.at(inside)
 
 
 class Proposal(Protocol):
@@ -265,6 +284,11 @@ class Importance:
 
     def prepare(self, block: Block) -> Proposal:
         return FromGuide(block)
+
+    def density(self, block: Block) -> Density:
+        """The proposal's density in unconstrained coordinates, discrete latents summed out."""
+        block.joint.require_space(self.name)
+        return GuideDensity(block)
 
 
 @dataclass(frozen=True)
