@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import xarray as xr
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -40,6 +42,40 @@ def learning_curve(history: History) -> Figure:
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def convergence(settling: xr.Dataset, num_observations: int = 8) -> Figure:
+    """Estimates of log p(x) against the particles behind them, from :func:`ppl_vae.evidence.convergence`.
+
+    Left the mean over observations, right single observations from the smallest to the largest final error, measured
+    from where they end. Bands are two standard errors, and worth as much as the verdict says.
+    """
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    particles = settling["num_particles"].values
+    _with_band(left, particles, settling["mean"].values, settling["monte_carlo_error"].values, "tab:blue")
+    left.set(ylabel="mean log p(x) (nats)", title=f"all {settling.sizes['observation']} observations")
+    order = settling["standard_error"].isel(num_particles=-1).values.argsort()
+    shown = order[np.linspace(0, len(order) - 1, min(num_observations, len(order))).round().astype(int)]
+    for place, number in enumerate(dict.fromkeys(shown.tolist())):
+        one = settling.isel(observation=number)
+        shift = one["estimate"].values - one["estimate"].values[-1]
+        name = str(one["observation"].item())
+        _with_band(right, particles, shift, one["standard_error"].values, f"C{place}", label=name)
+    right.set(ylabel="log p(x) minus its last estimate (nats)", title="single observations")
+    right.legend(frameon=False, title="observation", fontsize="small", ncols=2)
+    for axes in (left, right):
+        axes.set(xlabel="particles", xscale="log")
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _with_band(
+    axes: Axes, x: np.ndarray, y: np.ndarray, error: np.ndarray, color: str, label: str | None = None
+) -> None:
+    """A line with a band of two errors around it."""
+    axes.plot(x, y, color=color, marker=".", label=label)
+    axes.fill_between(x, y - 2 * error, y + 2 * error, color=color, alpha=0.15, lw=0)
 
 
 def samples(story: Story, num_observations: int = 64, seed: int = 0) -> Figure:

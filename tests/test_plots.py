@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+import xarray as xr
 from example_stories import images, small_vae
 from matplotlib.colors import to_rgba
 from torch import nn
@@ -55,6 +56,33 @@ def png(figure):
 
 def words(axes):
     return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+# Convergence ----------------------------------------------------------------------------------------------------------
+
+
+def settling():
+    table = {
+        "estimate": (("num_particles", "observation"), [[-9.0, -20.0], [-8.5, -18.0], [-8.4, -17.0]]),
+        "standard_error": (("num_particles", "observation"), [[0.3, 0.9], [0.2, 0.9], [0.1, 0.9]]),
+        "mean": ("num_particles", [-14.5, -13.25, -12.7]),
+        "monte_carlo_error": ("num_particles", [0.5, 0.4, 0.3]),
+    }
+    return xr.Dataset(table, {"num_particles": [64, 128, 200], "observation": [0, 1]})
+
+
+def test_convergence_draws_the_mean_and_each_observation_from_where_it_ends():
+    left, right = plots.convergence(settling()).axes
+    np.testing.assert_allclose(left.lines[0].get_xydata(), [[64, -14.5], [128, -13.25], [200, -12.7]])
+    np.testing.assert_allclose(right.lines[0].get_ydata(), [-0.6, -0.1, 0.0])
+    np.testing.assert_allclose(right.lines[1].get_ydata(), [-3.0, -1.0, 0.0])
+    assert words(right) == ["0", "1"]
+
+
+def test_the_band_of_convergence_is_two_errors_wide():
+    left, _ = plots.convergence(settling()).axes
+    corners = left.collections[0].get_paths()[0].vertices
+    np.testing.assert_allclose([corners[:, 1].min(), corners[:, 1].max()], [-15.5, -12.1])
 
 
 # Tiles ----------------------------------------------------------------------------------------------------------------

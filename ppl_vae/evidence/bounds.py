@@ -113,6 +113,8 @@ def evidence_bounds(
     if num_observations < 1:
         raise ValueError(f"num_observations must be at least 1; found {num_observations}.")
     chosen = METHODS[method] if isinstance(method, str) else method
+    if num_particles is not None and num_particles < 1:
+        raise ValueError(f"num_particles must be at least 1; found {num_particles}.")
     num_particles = num_particles or chosen.default_particles
     if device is not None:
         story.to(device)

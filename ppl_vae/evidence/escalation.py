@@ -17,7 +17,7 @@ from ppl_vae.evidence.sampling import PILOT_PARTICLES, Judgement, Method, judge
 from ppl_vae.evidence.weights import Verdict
 
 LADDER: tuple[Method, ...] = (Importance(), Mixture(), Annealed())
-RANKS: dict[Verdict, int] = {"exact": 0, "good": 1, "fair": 2, "poor": 3}
+RANKS: dict[Verdict, int] = {"exact": 0, "good": 1, "fair": 2, "poor": 3, "unresolved": 3, "bound": 3}
 MARGIN = 2.0  # a pilot of heavy-tailed weights sees too little variance
 
 

@@ -351,6 +351,7 @@ def _without_chance(numbers: np.ndarray, method: str, estimate: Tensor, error: T
 def _dataset(parts: list[Table]) -> xr.Dataset:
     """One row per observation, in order."""
     table = {name: np.concatenate([np.asarray(part[name]) for part in parts]) for name in COLUMNS}
+    table |= {name: table[name].astype(str) for name in ("verdict", "method")}
     order = table["observation"].argsort()
     variables = {name: ("observation", table[name][order]) for name in COLUMNS if name != "observation"}
     return xr.Dataset(variables, coords={"observation": table["observation"][order]})

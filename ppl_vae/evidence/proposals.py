@@ -54,7 +54,9 @@ class Block:
         return self.first + np.arange(self.size) if self.taken is None else self.first + self.taken.cpu().numpy()
 
     def at(self, rows: Tensor) -> "Block":
-        """Some of the observations."""
+        """Some of the observations, in their order."""
+        if len(rows) == self.size:
+            return self
         columns = tuple(column[rows.to(column.device)] for column in self.columns)
         return replace(self, columns=columns, taken=rows if self.taken is None else self.taken[rows])
 

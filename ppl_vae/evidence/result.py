@@ -50,7 +50,8 @@ class EvidenceSummary:
         num_particles: the largest number of particles behind an estimate.
         mean: average of the estimates.
         monte_carlo_error: standard error of ``mean`` that more particles would shrink.
-        bias: expected error of ``mean`` to first order; negative, because the log of an average is too low.
+        bias: expected error of ``mean`` to first order; negative, because the log of an average is too low. NaN where
+            it is not known, as of smoothed weights.
         test_sampling_error: standard error of ``mean`` as the expectation over the population of observations.
         bits_per_dimension: ``-mean`` in bits, divided by the number of scored values of an observation.
         trusted: share of observations with the verdict "exact" or "good".
@@ -80,13 +81,13 @@ class EvidenceSummary:
         if list(self.methods) != [self.method]:
             lines.append(f"  methods              {_counts(self.methods)}")
         lines.append(
-            f"  mean                 {self.mean:10.3f} nats  ({self.bits_per_dimension:.4f} bits per dimension)"
+            f"  mean                 {self.mean:z10.3f} nats  ({self.bits_per_dimension:.4f} bits per dimension)"
         )
         if self.num_particles:
-            lines.append(f"  Monte Carlo error    {self.monte_carlo_error:10.3f}")
-            lines.append(f"  Monte Carlo bias     {self.bias:10.3f}")
-            lines.append(f"  median ESS           {self.median_ess:10.1f}")
-        lines.append(f"  test sampling error  {self.test_sampling_error:10.3f}")
+            lines.append(f"  Monte Carlo error    {self.monte_carlo_error:z10.3f}")
+            lines.append(f"  Monte Carlo bias     {self.bias:z10.3f}")
+            lines.append(f"  median ESS           {self.median_ess:z10.1f}")
+        lines.append(f"  test sampling error  {self.test_sampling_error:z10.3f}")
         if "bound" in self.verdicts:
             lines.append("  a lower bound on log p(x), not an estimate of it")
         else:

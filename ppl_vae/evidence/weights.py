@@ -12,7 +12,7 @@ import torch
 from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
 
-Verdict = Literal["exact", "good", "fair", "poor", "bound"]
+Verdict = Literal["exact", "good", "fair", "poor", "bound", "unresolved"]
 
 GOOD, FAIR = 0.4, 0.7
 SMALLEST_TAIL = 5
