@@ -195,8 +195,9 @@ class _Estimation:
     # Without chance
 
     def _integrate(self) -> Table:
-        estimate, error = quadrature.quadrature(self.joint, self._on_device)
         tolerance = self.settings.tolerance
+        wanted = min(quadrature.TOLERANCE, tolerance or quadrature.TOLERANCE)
+        estimate, error = quadrature.quadrature(self.joint, self._on_device, wanted, self.progress)
         verdict = np.where(error < quadrature.TOLERANCE, "exact", "poor").astype(object)
         if tolerance is not None:
             verdict[error.numpy() > tolerance] = "unresolved"
