@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     )
     from ppl_vae.checkpoint import load, save
     from ppl_vae.checks import check
-    from ppl_vae.evidence import Evidence, log_evidence
+    from ppl_vae.evidence import Evidence, compare, evidence_bounds, log_evidence
     from ppl_vae.training import History, fit
     from ppl_vae.vae import VAE
 

@@ -54,6 +54,8 @@ class Annealed:
 
     def prepare(self, block: Block) -> "Annealing":
         block.joint.require_space(self.name)
+        if not block.joint.is_differentiable(block.columns):
+            raise ValueError("Annealing moves along gradients, and the model has parts without; use method='mixture'.")
         density, whitening = self._start(block)
         temperatures = _temperatures(self.num_temperatures, self.start)
         size = torch.full((len(temperatures) - 1, block.size), FIRST_STEP_SIZE).to(whitening)
@@ -110,6 +112,7 @@ class Annealing:
     """Annealed importance sampling with frozen settings, for a block of observations.
 
     Attributes:
+        density: where the path starts.
         whitening: a scale for each observation, shape (N, K, K).
         temperatures: from 0 to 1, shape (T + 1,).
         step_size: for each temperature and observation, shape (T, N).
@@ -118,7 +121,7 @@ class Annealing:
     """
 
     block: Block
-    start: Density
+    density: Density
     whitening: Tensor
     temperatures: Tensor
     step_size: Tensor
@@ -127,7 +130,7 @@ class Annealing:
 
     def log_weights(self, num_particles: int) -> Tensor:
         """Log weights of new chains, shape (C, N)."""
-        return self._forward(self.state(self.start.sample(num_particles)), learning=False)
+        return self._forward(self.state(self.density.sample(num_particles)), learning=False)
 
     def log_weights_backward(self, u: Tensor) -> Tensor:
         """Log weights of chains that start from posterior draws, shape (C, N, K), and run to the proposal; (C, N).
@@ -145,14 +148,14 @@ class Annealing:
         return replace(
             self,
             block=self.block.at(rows),
-            start=self.start.at(rows),
+            density=self.density.at(rows),
             whitening=self.whitening[rows],
             step_size=self.step_size[:, rows],
         )
 
     def learn(self) -> Tensor:
         """Runs chains whose acceptance moves ``step_size``, in place; returns their log weights."""
-        return self._forward(self.state(self.start.sample(PILOT_CHAINS)), learning=True)
+        return self._forward(self.state(self.density.sample(PILOT_CHAINS)), learning=True)
 
     def _forward(self, state: State, learning: bool) -> Tensor:
         log_weights = torch.zeros(state.u.shape[:2]).to(state.u)
@@ -201,10 +204,10 @@ class Annealing:
         rows = traces.as_rows(self.block.columns, len(u))
         values = self.block.joint.with_gradients(rows, u.flatten(0, 1))
         log_prior, log_joint, prior_slope, joint_slope = (v.reshape(*u.shape[:2], *v.shape[1:]) for v in values)
-        if isinstance(self.start, PriorDensity):
+        if isinstance(self.density, PriorDensity):
             return State(u, log_prior, log_joint, prior_slope, joint_slope)
         with torch.enable_grad():
             u = u.detach().requires_grad_()
-            log_start = self.start.log_prob(u, log_prior)
+            log_start = self.density.log_prob(u, log_prior)
             (start_slope,) = torch.autograd.grad(log_start.sum(), u)
         return State(u.detach(), log_start.detach(), log_joint, start_slope, joint_slope)

@@ -11,12 +11,15 @@ import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
+from tqdm import tqdm
 
 from ppl_vae import checks, noise, traces
 from ppl_vae.evidence import escalation, naive, quadrature, sharing
+from ppl_vae.evidence.annealing import Annealing
 from ppl_vae.evidence.escalation import Planned, Settings
 from ppl_vae.evidence.joint import Joint, joint_of, log_densities
-from ppl_vae.evidence.proposals import Block, FromGuide, blocks
+from ppl_vae.evidence.naive import SharedParticles
+from ppl_vae.evidence.proposals import Block, FromDensity, FromGuide, blocks, without_mode
 from ppl_vae.evidence.result import Evidence
 from ppl_vae.evidence.sampling import METHODS, PILOT_PARTICLES, Method, draw
 from ppl_vae.evidence.weights import JACKKNIFE_POWERS, WeightSums
@@ -224,14 +227,13 @@ class _Estimation:
 
     def _draw(self, block: Block, planned: Planned) -> Table:
         """The evidence of observations that are drawn in the same way."""
-        powers = JACKKNIFE_POWERS if (self.correction or "").startswith("jackknife") else 2
-        sums = draw(block, planned.proposal, planned.num_particles, noise.Purpose.EVIDENCE, powers)
+        sums = draw(block, planned.proposal, planned.num_particles, noise.Purpose.EVIDENCE, self._num_powers)
         table = _of_weights(sums, self.correction)
         table |= {
             "observation": block.numbers,
             "pilot_pareto_k": planned.judgement.pareto_k,
             "verdict": np.array(planned.judgement.verdicts, dtype=object),
-            "method": np.full(block.size, planned.method.name, object),
+            "method": _names(planned),
         }
         if planned.judgement.pareto_k.isnan().all():  # chains: k-hat of so few means nothing
             table["pareto_k"] = planned.judgement.pareto_k
@@ -260,21 +262,23 @@ class _Estimation:
     def _share(self, scored: dict[str, int]) -> tuple[list[Table], dict[str, Any]]:
         """Naive Monte Carlo with the same draws for all observations."""
         num_particles = self.settings.num_particles or METHODS["prior"].default_particles
-        powers = JACKKNIFE_POWERS if (self.correction or "").startswith("jackknife") else 2
-        arguments = self.joint, self._on_device, scored
-        pilots = naive.shared_sums(*arguments, PILOT_PARTICLES, self.seed, noise.Purpose.PILOT)
-        parts = naive.shared_sums(*arguments, num_particles, self.seed, noise.Purpose.EVIDENCE, powers)
-        tables = [
-            _of_weights(part.sums, self.correction)
-            | {
-                "observation": part.rows.numpy(),
-                "pilot_pareto_k": pilot.sums.pareto_k,
-                "verdict": np.array(pilot.sums.verdicts(), dtype=object),
-                "method": np.full(len(part.rows), "prior", object),
-            }
-            for part, pilot in zip(parts, pilots, strict=True)
-        ]
-        return tables, {"monte_carlo_error": naive.error_of_mean(parts)}
+        particles = SharedParticles(self.joint, self._on_device, scored, self.seed)
+        tables, batches = [], torch.zeros(())
+        hidden = None if self.progress is None else not self.progress
+        for rows in tqdm(list(particles.groups()), desc="evidence", unit="group", disable=hidden):
+            pilot, _ = particles.draw(rows, PILOT_PARTICLES, noise.Purpose.PILOT)
+            sums, of_group = particles.draw(rows, num_particles, noise.Purpose.EVIDENCE, self._num_powers)
+            batches = batches + of_group
+            tables.append(
+                _of_weights(sums, self.correction)
+                | {
+                    "observation": rows.cpu().numpy(),
+                    "pilot_pareto_k": pilot.pareto_k,
+                    "verdict": np.array(pilot.verdicts(), dtype=object),
+                    "method": np.full(len(rows), "prior", object),
+                }
+            )
+        return tables, {"monte_carlo_error": naive.error_of_mean(batches, len(self.columns[0]))}
 
     # Whatever is best
 
@@ -289,8 +293,14 @@ class _Estimation:
             solved = table["verdict"] == "exact"
             yield {name: column[solved] for name, column in table.items()}
             rows = torch.from_numpy((~solved).nonzero()[0])
-        ladder = escalation.LADDER if self.joint.can_move else escalation.LADDER[:1]
-        yield from self._by_pilot(ladder, rows)
+        yield from self._by_pilot(self._ladder(), rows)
+
+    def _ladder(self) -> tuple[Method, ...]:
+        """The methods that apply to the story, in the order in which they are tried."""
+        if not self.joint.can_move:
+            return escalation.LADDER[:1]
+        first = traces.to_story(self.joint.story, tuple(column[:1] for column in self.columns))
+        return escalation.LADDER if self.joint.is_differentiable(first) else escalation.LADDER[:2]
 
     def _quadrature_is_cheap(self) -> bool:
         if not self.joint.can_move or self.joint.dim not in GRID_POINTS:
@@ -299,6 +309,10 @@ class _Estimation:
         groups = sharing.rows_with_equal_conditions(columns, sharing.scored_columns(self.joint.story, columns))
         cost = sum(1 for _ in groups) * GRID_POINTS[self.joint.dim]
         return cost < self.settings.budget * len(columns[0])
+
+    @property
+    def _num_powers(self) -> int:
+        return JACKKNIFE_POWERS if (self.correction or "").startswith("jackknife") else 2
 
     # The observations
 
@@ -329,6 +343,17 @@ def _of_weights(sums: WeightSums, correction: Correction | None) -> Table:
         "pareto_k": sums.pareto_k,
         "num_particles": np.full(len(estimate), sums.count),
     }
+
+
+def _names(planned: Planned) -> np.ndarray:
+    """The method of each observation, and whether the widened guide stood in for its mode."""
+    name, proposal = planned.method.name, planned.proposal
+    lacking = None
+    if isinstance(proposal, FromDensity | Annealing):
+        lacking = without_mode(proposal.density)
+    if lacking is None:
+        lacking = torch.zeros(len(planned.rows), dtype=torch.bool)
+    return np.where(lacking.cpu().numpy(), f"{name} (widened guide, no mode)", name).astype(object)
 
 
 def _without_chance(numbers: np.ndarray, method: str, estimate: Tensor, error: Tensor, verdict: np.ndarray) -> Table:

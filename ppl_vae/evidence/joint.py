@@ -47,14 +47,14 @@ class Chunks:
             try:
                 parts.append(function(*(tensor[start : start + size] for tensor in tensors)))
             except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 self._halve(error)
                 continue
             start += size
         return tuple(torch.cat(pieces) for pieces in zip(*parts, strict=True))
 
     def _halve(self, error: RuntimeError) -> None:
-        if not _is_out_of_memory(error):
-            raise error
         if self.rows == 1:
             raise MemoryError("The story does not fit in memory with one particle of one observation.") from error
         self.rows //= 2
@@ -62,7 +62,7 @@ class Chunks:
             torch.cuda.empty_cache()
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
@@ -358,6 +358,16 @@ class Joint:
                 f"method={method!r} sums out discrete latents, and these have infinitely or too many values; "
                 "use 'importance'."
             )
+
+    def is_differentiable(self, columns: Columns) -> bool:
+        """Whether torch has a derivative of everything in the model, tried on the first observation."""
+        try:
+            self.with_gradients(tuple(column[:1] for column in columns), torch.zeros(1, self.dim))
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            return False
+        return True
 
     @property
     def can_move(self) -> bool:

@@ -112,6 +112,13 @@ class Density(Protocol):
         ...
 
 
+def without_mode(density: Density) -> Tensor | None:
+    """Where the widened guide stands in for a mode that was not found, shape (N,); None where none was sought."""
+    if isinstance(density, MixtureDensity):
+        return without_mode(density.components[-1])
+    return density.without_mode if isinstance(density, LaplaceDensity) else None
+
+
 @dataclass(frozen=True)
 class FromDensity:
     """Weighs draws of a density over unconstrained coordinates."""
@@ -218,9 +225,10 @@ class PriorDensity:
 
 @dataclass(frozen=True)
 class LaplaceDensity:
-    """Student-t distributions at the posterior's modes."""
+    """Student-t distributions at the posterior's modes, or the widened guide where no mode was found."""
 
     students: StudentMixture
+    without_mode: Tensor
 
     def sample(self, num_particles: int) -> Tensor:
         return self.students.sample(num_particles)
@@ -229,7 +237,7 @@ class LaplaceDensity:
         return self.students.log_prob(u)
 
     def at(self, rows: Tensor) -> Self:
-        return replace(self, students=self.students.at(rows))
+        return replace(self, students=self.students.at(rows), without_mode=self.without_mode[rows])
 
 
 @dataclass(frozen=True)
@@ -343,8 +351,7 @@ class Laplace:
         """The proposal's density."""
         block.joint.require_space(self.name)
         with block.noise(noise.Purpose.PROPOSAL):
-            students, _ = laplace(block.joint, block.columns, self.degrees_of_freedom, self.refinements)
-            return LaplaceDensity(students)
+            return LaplaceDensity(*laplace(block.joint, block.columns, self.degrees_of_freedom, self.refinements))
 
 
 @dataclass(frozen=True)
@@ -367,6 +374,7 @@ class Mixture:
 
     def density(self, block: Block) -> Density:
         """The proposal's density."""
+        block.joint.require_space(self.name)
         modes = Laplace(self.degrees_of_freedom, self.refinements).density(block)
         components = PriorDensity(block), GuideDensity(block), modes
         return MixtureDensity(block, components, (self.prior, self.guide, 1 - self.prior - self.guide))

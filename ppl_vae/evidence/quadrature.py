@@ -122,7 +122,8 @@ def _scan(
     squares, shares = sums.clone(), []
     hidden = None if joint.progress is None else not joint.progress
     for some in tqdm(points.split(POINTS_AT_ONCE), desc="quadrature", unit="chunk", leave=False, disable=hidden):
-        log_p = joint.log_prob(some, active).double().cpu()
+        (log_p,) = joint.joint.chunks.map(lambda points: (joint.log_prob(points, active).T,), some)
+        log_p = log_p.T.double().cpu()
         sums = torch.logaddexp(sums, log_p.logsumexp(1))
         squares = torch.logaddexp(squares, (2 * log_p).logsumexp(1))
         if expected is not None:

@@ -186,8 +186,9 @@ class WeightSums:
 
     def _fits(self) -> list[_ParetoTail | None]:
         if self._pareto_fits is None:
-            columns = zip(self.tail.T, self.constant.tolist(), strict=True)
-            self._pareto_fits = [None if constant else _fit_pareto(tail) for tail, constant in columns]
+            rounding = self.rounding * self.largest.abs().clamp(min=1)
+            columns = zip(self.tail.T, rounding.tolist(), self.constant.tolist(), strict=True)
+            self._pareto_fits = [None if constant else _fit_pareto(tail, error) for tail, error, constant in columns]
         return self._pareto_fits
 
     @property
@@ -293,14 +294,18 @@ def _verdict(pareto_k: float) -> Verdict:
 # Pareto tails
 
 
-def _fit_pareto(tail: Tensor) -> _ParetoTail | None:
+def _fit_pareto(tail: Tensor, rounding: float) -> _ParetoTail | None:
     """Fits the largest log weights, in descending order, of which the last one is the threshold; None if too short."""
     threshold = tail[-1] - tail[0]
     excess = torch.exp(tail - tail[0]) - torch.exp(threshold)
-    excess = excess[excess > torch.finfo(torch.float64).tiny]
+    excess = excess[(excess > torch.finfo(torch.float64).tiny) & (tail - tail[-1] > rounding)]
     if len(excess) < SMALLEST_TAIL:
         return None
-    return _ParetoTail(*fit_generalized_pareto(excess), len(excess), threshold.item())
+    try:
+        shape, scale = fit_generalized_pareto(excess)
+    except ZeroDivisionError:  # Pyro's grid contains zero where 100 to 120 excesses are equal: discrete latents
+        shape, scale = fit_generalized_pareto(excess[:99])
+    return _ParetoTail(shape, scale, len(excess), threshold.item())
 
 
 def _smoothed(fit: _ParetoTail) -> Tensor:
