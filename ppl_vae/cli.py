@@ -1,4 +1,4 @@
-"""The command line: ``ppl-vae train`` and ``ppl-vae sample``. Only this file prints.
+"""The command line: ``ppl-vae train``, ``evidence``, ``compare`` and ``sample``. Only this file prints.
 
 Options are made from the typed configurations. Nothing heavy is imported before the arguments are known to be right.
 """
@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from ppl_vae import configuration
-from ppl_vae.configuration import CHOICES, DataConfiguration, StoryConfiguration, TrainingConfiguration
+from ppl_vae.configuration import (
+    CHOICES,
+    SPLITS,
+    ComparisonConfiguration,
+    DataConfiguration,
+    EvidenceConfiguration,
+    StoryConfiguration,
+    TrainingConfiguration,
+)
 
 EXPECTED_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, MemoryError)
 
@@ -56,6 +64,29 @@ def _parser() -> argparse.ArgumentParser:
     _add_story_options(train.add_argument_group("story"))
     _add_options(train.add_argument_group("training and evidence"), TrainingConfiguration)
 
+    evidence = commands.add_parser(
+        "evidence", help="log p(x) of the data of a run, with its error and a verdict", description=_evidence.__doc__
+    )
+    evidence.set_defaults(command=_evidence)
+    evidence.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
+    evidence.add_argument(
+        "--splits",
+        nargs="+",
+        choices=SPLITS,
+        default=["test"],
+        metavar="SPLIT",
+        help=f"of {', '.join(SPLITS)} (default: test)",
+    )
+    evidence.add_argument("--out", type=Path, help="a new file .nc or .csv for the table of a single split")
+    _add_evidence_options(evidence, EvidenceConfiguration)
+
+    compare = commands.add_parser(
+        "compare", help="rank runs by log p(x) of the same observations", description=_compare.__doc__
+    )
+    compare.set_defaults(command=_compare)
+    compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of at least two runs")
+    _add_evidence_options(compare, ComparisonConfiguration)
+
     sample = commands.add_parser("sample", help="draw new observations from a run", description=_sample.__doc__)
     sample.set_defaults(command=_sample)
     sample.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
@@ -69,6 +100,15 @@ def _parser() -> argparse.ArgumentParser:
 def _add_output_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cpu)")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
+
+
+def _add_evidence_options(parser: argparse.ArgumentParser, kind: type) -> None:
+    """Which observations of a run are scored, and how."""
+    _add_output_options(parser)
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", help="a named data set or a path to .npy, .npz, .csv (default: the data of the run)")
+    data.add_argument("--data-root", help="folder of downloaded data sets (default: that of the run)")
+    _add_options(parser.add_argument_group("evidence"), kind)
 
 
 def _add_options(group: Any, kind: type) -> None:
@@ -141,22 +181,67 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _report(results: dict[str, Any]) -> str:
-    lines = [
-        f"test ELBO       {results['test_elbo']:10.2f} nats per observation",
-        f"test log p(x)   {results['test_log_evidence']:10.2f} nats per observation"
-        f" ({results['bits_per_dimension']:.4f} bits per dimension)",
-        f"  +- {results['monte_carlo_error']:.2f} Monte Carlo, bias {results['monte_carlo_bias']:+.2f};"
-        f" +- {results['test_sampling_error']:.2f} from the choice of {results['num_test_observations']} observations",
-        f"  {results['trusted_share']:.0%} of the observations have an estimate to be trusted"
-        f" (k-hat below 0.4 in a pilot; median effective sample size"
-        f" {results['median_ess']:.0f} of {results['num_particles']})",
-    ]
-    if results["trusted_share"] < 1:
-        lines.append("  of the others it is probably too low: read the mean as a lower bound")
+    gap = results["test_log_evidence"] - results["test_elbo"]
+    lines = [f"test ELBO {results['test_elbo']:.3f} nats, a lower bound: {gap:.3f} below log p(x)"]
     if "scale_floor" in results:
         share = results["share_of_scales_on_floor"]
-        lines.append(f"  {share:.1%} of the scales sit on their floor of {results['scale_floor']:g}")
+        lines.append(f"{share:.1%} of the scales sit on their floor of {results['scale_floor']:g}")
     return "\n".join([*lines, f"all of it is in {results['run']}"])
+
+
+def _evidence(options: argparse.Namespace) -> None:
+    """Reports log p(x) of the observations of a run: of those held out for testing, or of any split (train is then
+    binarized once). Saves the table of each whole split as RUN/evidence-SPLIT.nc, in place of an older one; with --data
+    or --limit only where --out says."""
+    asked = EvidenceConfiguration(**_values(options, EvidenceConfiguration))
+    splits = list(dict.fromkeys(options.splits))
+    if options.out is not None:
+        _refuse_out(options.out, splits)
+
+    from ppl_vae import runs  # imports torch, seconds
+
+    tables = {}
+    for scored in runs.score(options.run, splits, asked, options.data, options.data_root, options.out, options.device):
+        tables[scored.split] = scored.table()
+        if not options.json:
+            print(scored)
+    if options.json:
+        print(runs.as_json({"run": str(options.run), "evidence": tables}))
+
+
+def _refuse_out(out: Path, splits: Sequence[str]) -> None:
+    """Finds before anything is computed that a table could not be saved there."""
+    if out.suffix not in (".nc", ".csv"):
+        raise ValueError(f"--out is a file .nc (netCDF, to be loaded again) or .csv; found {str(out)!r}.")
+    if len(splits) > 1:
+        raise ValueError("--out is for the table of one split. Without it, each goes to RUN/evidence-SPLIT.nc.")
+    if out.exists():
+        raise FileExistsError(f"{str(out)!r} is there already. Choose another --out.")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {str(out.parent)!r} for --out.")
+
+
+def _compare(options: argparse.Namespace) -> None:
+    """Ranks runs by log p(x) of the test observations, which must be the same for all; of another source with --data,
+    split and binarized by the seed of the first run. Differences are paired."""
+    asked = ComparisonConfiguration(**_values(options, ComparisonConfiguration))
+    folders = _named(options.runs)
+
+    from ppl_vae import runs  # imports torch, seconds
+
+    comparison = runs.compare(folders, asked, options.data, options.data_root, options.device)
+    print(runs.as_json(runs.comparison_table(comparison, folders)) if options.json else comparison)
+
+
+def _named(folders: Sequence[Path]) -> dict[str, Path]:
+    """Runs by the names of their folders; by their paths, where two have the same name."""
+    if len(folders) < 2:
+        raise ValueError("compare takes at least two runs: ppl-vae compare RUN RUN.")
+    found = [folder.resolve() for folder in folders]
+    if len(set(found)) < len(found):
+        raise ValueError("The same run is given twice; compare takes different runs.")
+    names = [Path(os.path.abspath(folder)).name for folder in folders]
+    return {str(folder) if names.count(name) > 1 else name: folder for name, folder in zip(names, folders, strict=True)}
 
 
 def _sample(options: argparse.Namespace) -> None:

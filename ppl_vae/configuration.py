@@ -202,12 +202,46 @@ class TrainingConfiguration:
     learning_rate: float = option(2e-3, "of Adam")
     kl_warmup: int = option(0, "epochs over which the latent terms grow to full weight")
     patience: int = option(0, "stop after so many epochs without a better validation ELBO; 0 never stops early")
-    num_particles: int = option(1000, "draws per observation behind each estimate of log p(x)")
+    num_particles: int = option(1000, "draws per observation where log p(x) is estimated by drawing")
     seed: int = option(0, "rules splits, binarization, initial weights, order and noise")
 
     def __post_init__(self) -> None:
         _at_least(self, epochs=1, batch_size=1, kl_warmup=0, patience=0, num_particles=1, seed=0)
         _positive(self, "learning_rate")
+
+
+# The splits of a data set, and the methods and corrections of log_evidence: written here too, so that the command line
+# knows them before torch is imported.
+SPLITS = ("train", "validation", "test")
+METHODS = ("auto", "importance", "mixture", "annealed", "laplace", "prior", "elbo", "pyro", "quadrature", "exact")
+CORRECTIONS = ("jackknife", "jackknife-2", "pareto")
+
+
+@dataclass(frozen=True)
+class EvidenceConfiguration:
+    """How log p(x) of the observations of a run is estimated: the arguments of ``log_evidence``, and of how many."""
+
+    method: str = option("auto", f"one of {', '.join(METHODS)}")
+    num_particles: int | None = option(None, "draws (chains, if annealed) per observation (default: the method's)", int)
+    tolerance: float | None = option(None, "standard error wanted of every observation, in nats", float)
+    budget: int = option(60_000, "evaluations of log p(x, z) per observation that auto or a tolerance may spend")
+    correction: str | None = option(None, f"one of {', '.join(CORRECTIONS)}; a corrected estimate is no bound", str)
+    limit: int | None = option(None, "score only the first so many observations of a split", int)
+    seed: int | None = option(None, "rules the noise (default: the seed of the run, the first of several)", int)
+
+    def __post_init__(self) -> None:
+        _one_of("method", self.method, METHODS)
+        _one_of("correction", self.correction, (None, *CORRECTIONS))
+        _at_least(self, num_particles=1, budget=1, limit=1, seed=0)
+        if self.tolerance is not None:
+            _positive(self, "tolerance")
+
+
+@dataclass(frozen=True)
+class ComparisonConfiguration(EvidenceConfiguration):
+    """How stories are compared: all by one method, which a weak encoder does not mislead."""
+
+    method: str = option("mixture", f"one of {', '.join(METHODS)}")
 
 
 @dataclass(frozen=True)
@@ -221,8 +255,13 @@ class RunConfiguration:
 
 def _at_least(configuration: Any, **least: int) -> None:
     for name, value in least.items():
-        if getattr(configuration, name) < value:
-            raise ValueError(f"{name} must be at least {value}; found {getattr(configuration, name)}.")
+        if (found := getattr(configuration, name)) is not None and found < value:
+            raise ValueError(f"{name} must be at least {value}; found {found}.")
+
+
+def _one_of(name: str, word: str | None, words: tuple[str | None, ...]) -> None:
+    if word not in words:
+        raise ValueError(f"Unknown {name} {word!r}; choose one of {', '.join(filter(None, words))}.")
 
 
 def _positive(configuration: Any, *names: str) -> None:

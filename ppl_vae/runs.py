@@ -1,14 +1,18 @@
 """A run: train the story of a configuration, judge it on held-out data, and leave a folder that tells all of it.
 
 The folder holds ``config.json`` (what was asked for, and which data), ``metrics.jsonl`` (one line per epoch),
-``story.safetensors`` (the trained story), ``results.json``, and pictures.
+``story.safetensors`` (the trained story), ``evidence-test.nc`` (log p(x) of each test observation), ``results.json``,
+and pictures. Runs are scored again, and compared, on the data that they recorded.
 """
 
 import json
 import math
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,9 +23,10 @@ from matplotlib.figure import Figure
 import ppl_vae
 from ppl_vae import checks, configuration, data, likelihoods, plots, traces
 from ppl_vae.checkpoint import load, save, write_atomically
-from ppl_vae.configuration import RunConfiguration
+from ppl_vae.configuration import EvidenceConfiguration, RunConfiguration
 from ppl_vae.data import Dataset
-from ppl_vae.evidence import Evidence, log_evidence
+from ppl_vae.evidence import Evidence, comparison, log_evidence
+from ppl_vae.evidence.comparison import Comparison
 from ppl_vae.training import History, fit
 from ppl_vae.training.history import Row
 from ppl_vae.vae import VAE
@@ -32,6 +37,46 @@ ELBO_PARTICLES = 64
 PICTURED = 32
 
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder that :func:`train` left.
+
+    Attributes:
+        folder: where it is.
+        wanted: what was asked for.
+        record: what was noted of its data.
+        story: as it was trained.
+    """
+
+    folder: Path
+    wanted: RunConfiguration
+    record: dict[str, Any]
+    story: VAE
+
+    @property
+    def seed(self) -> int:
+        """What splits, binarization and training were drawn from."""
+        return self.wanted.training.seed
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The evidence of a split of some data, and the file that holds its table, if one does."""
+
+    split: str
+    source: str
+    evidence: Evidence
+    file: Path | None = None
+
+    def __str__(self) -> str:
+        saved = [] if self.file is None else [f"saved in {self.file}"]
+        return "\n".join([f"log p(x) of the {self.split} split of {self.source}", str(self.evidence), *saved])
+
+    def table(self) -> dict[str, Any]:
+        """Its summary, fit for JSON."""
+        return asdict(self.evidence.summary()) | {"file": None if self.file is None else str(self.file)}
 
 
 def load_data(wanted: configuration.DataConfiguration, binarized: bool, seed: int) -> Dataset:
@@ -77,6 +122,8 @@ def train(
 
     elbo = log_evidence(story, dataset.test.x, method="elbo", num_particles=ELBO_PARTICLES, seed=training.seed)
     evidence = log_evidence(story, dataset.test.x, num_particles=training.num_particles, seed=training.seed)
+    evidence.save(_evidence_file(folder, "test"))
+    say(str(Scored("test", dataset.name, evidence)))
     results = _results(history, seconds, elbo, evidence) | _floor(story, dataset)
     _write_json(folder / RESULTS, results)
     for name, figure in _pictures(story, history, dataset).items():
@@ -84,14 +131,140 @@ def train(
     return {"run": str(folder)} | results
 
 
+def open_run(folder: Path, device: str | None = None) -> Run:
+    """Reads a run.
+
+    Raises:
+        FileNotFoundError: when there is no run, or it has no story yet.
+        ValueError: when a file of it is damaged, or the device is not there.
+    """
+    wanted, record = _read_configuration(folder / CONFIGURATION)
+    return Run(folder, wanted, record, load(folder / STORY, device=torch_device(device)))
+
+
+def data_of(run: Run, source: str | None = None, root: str | None = None) -> Dataset:
+    """The data that a run was trained on, or another source; none of it is left to be binarized in every batch.
+
+    Args:
+        run: rules the seed and the binarization. Dynamic binarization becomes static: held-out pixels are the same, and
+            those of train are drawn once.
+        source: another named data set or file, with observations of the same shape.
+        root: another folder of downloaded data sets.
+
+    Raises:
+        ValueError: when the run's data have changed since, or another source does not fit the story.
+    """
+    said = {name: value for name, value in {"data": source, "data_root": root}.items() if value is not None}
+    wanted = replace(run.wanted.data, **said)
+    binarized = isinstance(run.wanted.story.likelihood, configuration.Bernoulli)
+    dataset = load_data(wanted, binarized, run.seed)
+    if source is None and dataset.fingerprint != run.record.get("sha256"):
+        raise ValueError(
+            f"{wanted.data!r} is not what {str(run.folder)!r} was trained on any more: its fingerprint has changed. "
+            "Give --data to score what is there now."
+        )
+    _refuse_other_shape(run, dataset)
+    if dataset.binarization != "dynamic":
+        return dataset
+    return load_data(replace(wanted, binarization="static"), binarized, run.seed)
+
+
+def score(
+    folder: Path,
+    splits: Sequence[str],
+    asked: EvidenceConfiguration,
+    source: str | None = None,
+    root: str | None = None,
+    out: Path | None = None,
+    device: str | None = None,
+) -> Iterator[Scored]:
+    """Evidence of some splits of a run's data, or of another source, one after the other.
+
+    The table of a whole split of the run's own data is saved in the folder of the run, in place of an older one; that
+    of anything else only if ``out`` says where.
+
+    Raises:
+        FileNotFoundError: when there is no run.
+        ValueError: when data, story and method do not fit.
+        OSError: when a table could not be saved; before anything is computed.
+    """
+    run = open_run(folder, device)
+    dataset = data_of(run, source, root)
+    own = source is None and asked.limit is None
+    files = {split: out or (_evidence_file(folder, split) if own else None) for split in splits}
+    for file in filter(None, files.values()):
+        tempfile.TemporaryFile(dir=file.parent).close()  # can a file be written there?
+    for split, file in files.items():
+        x = dataset.splits[split].x[: asked.limit]
+        evidence = log_evidence(run.story, x, **_settings(asked, run))
+        if file is not None:
+            evidence.save(file)
+        yield Scored(split, dataset.name, evidence, file)
+
+
+def compare(
+    folders: Mapping[str, Path],
+    asked: EvidenceConfiguration,
+    source: str | None = None,
+    root: str | None = None,
+    device: str | None = None,
+) -> Comparison:
+    """Ranks runs, by name, by the evidence of their test observations, or of those of another source.
+
+    Another source is split and binarized by the seed of the first run.
+
+    Raises:
+        FileNotFoundError: when a run is not there.
+        ValueError: when test observations differ between runs, when a run was trained on some of them, or when
+            probabilities and densities would be compared.
+    """
+    opened = {name: open_run(folder, device) for name, folder in folders.items()}
+    first, *others = opened.values()
+    dataset = data_of(first, source, root)
+    for run in others:
+        own = data_of(run, source, root)
+        if source is None:
+            _refuse_other_test(first, dataset, run, own)
+        else:
+            _refuse_trained_on(run, dataset, own)
+    stories = {name: run.story for name, run in opened.items()}
+    return comparison.compare(stories, dataset.test.x[: asked.limit], **_settings(asked, first))
+
+
+def comparison_table(compared: Comparison, folders: Mapping[str, Path]) -> dict[str, Any]:
+    """A comparison, fit for JSON: each story, the best first, and each pair of them."""
+    table = compared.dataset
+    of_story = [name for name, column in table.items() if column.dims == ("story",)]
+    of_pair = [name for name, column in table.items() if column.dims == ("story", "other")]
+    names = list(compared.evidence)
+    stories = {name: {column: table[column].sel(story=name).item() for column in of_story} for name in names}
+    pairs = [
+        {"story": a, "other": b} | {column: table[column].sel(story=a, other=b).item() for column in of_pair}
+        for a, b in combinations(names, 2)
+    ]
+    return {
+        "method": table.attrs["method"],
+        "num_observations": table.attrs["num_observations"],
+        "stories": {name: {"run": str(folders[name])} | row for name, row in stories.items()},
+        "pairs": pairs,
+    }
+
+
 def as_json(table: dict[str, Any], indent: int | None = None) -> str:
     """A table as JSON, in which there is no NaN or infinity: null stands for them.
 
-    >>> as_json({"test_elbo": -44.5, "test_sampling_error": float("nan")})
-    '{"test_elbo": -44.5, "test_sampling_error": null}'
+    >>> as_json({"test_elbo": -44.5, "test_sampling_error": float("nan"), "methods": {"quadrature": 3}})
+    '{"test_elbo": -44.5, "test_sampling_error": null, "methods": {"quadrature": 3}}'
     """
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in table.items()}
-    return json.dumps(finite, indent=indent, allow_nan=False)
+    return json.dumps(_finite(table), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def sample(run: Path, out: Path, num_observations: int, seed: int, device: str | None = None) -> list[Path]:
@@ -142,6 +315,64 @@ def _begin(folder: Path, wanted: RunConfiguration, dataset: Dataset) -> None:
     _write_json(folder / CONFIGURATION, about | configuration.to_json(wanted) | {"dataset": dataset.record})
 
 
+def _read_configuration(file: Path) -> tuple[RunConfiguration, dict[str, Any]]:
+    """What a run was asked for, and what it noted of its data."""
+    try:
+        table = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"There is no run {str(file.parent)!r}: it has no {file.name}.") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{str(file)!r} is damaged: {error}.") from None
+    if not isinstance(table, dict) or table.get("format") != FORMAT or not isinstance(table.get("dataset"), dict):
+        raise ValueError(f"{str(file)!r} is not what this version writes for a run; it reads the format {FORMAT!r}.")
+    parts = {part: table[part] for part in ("data", "story", "training") if part in table}
+    return configuration.from_json(parts, RunConfiguration), table["dataset"]
+
+
+def _evidence_file(folder: Path, split: str) -> Path:
+    return folder / f"evidence-{split}.nc"
+
+
+def _settings(asked: EvidenceConfiguration, run: Run) -> dict[str, Any]:
+    """The arguments of ``log_evidence`` and ``compare``."""
+    settings = {name: value for name, value in asdict(asked).items() if name != "limit"}
+    return settings | {"seed": run.seed if asked.seed is None else asked.seed}
+
+
+def _refuse_other_shape(run: Run, dataset: Dataset) -> None:
+    expected, found = run.wanted.story.event_shape, tuple(dataset.event_shape)
+    if found != expected:
+        raise ValueError(
+            f"The observations of {dataset.name!r} have the shape {found}, those of {str(run.folder)!r} {expected}."
+        )
+
+
+def _refuse_other_test(first: Run, dataset: Dataset, other: Run, own: Dataset) -> None:
+    """Raises ValueError when two runs hold out other observations; before anything is computed."""
+    if dataset.test.x.dtype != own.test.x.dtype or not torch.equal(dataset.test.x, own.test.x):
+        found = " and ".join(f"{str(run.folder)!r} ({_provenance(run)})" for run in (first, other))
+        raise ValueError(
+            f"The test observations differ between {found}. Train both with the same --data, --binarization and "
+            "--seed, or compare on another set with --data."
+        )
+
+
+def _provenance(run: Run) -> str:
+    return f"{run.record.get('name')}, binarization {run.record.get('binarization')}, seed {run.seed}"
+
+
+def _refuse_trained_on(run: Run, dataset: Dataset, own: Dataset) -> None:
+    """Raises ValueError when test observations are among those that a run, by its own seed, was trained on."""
+    if (own.name, own.record["sizes"]) != (run.record.get("name"), run.record.get("sizes")):
+        return
+    seen = torch.cat([own.indices["train"], own.indices["validation"]])
+    if torch.isin(dataset.indices["test"], seen).any():
+        raise ValueError(
+            f"{str(run.folder)!r} was trained on some test observations: its seed {run.seed} splits {own.name!r} "
+            f"otherwise than seed {dataset.seed}. Give --data with observations that no run has seen."
+        )
+
+
 def _append_metrics(folder: Path, story: object, row: Row) -> None:
     with (folder / METRICS).open("a", encoding="utf-8") as file:
         file.write(as_json(row) + "\n")
@@ -156,6 +387,8 @@ def _results(history: History, seconds: float, elbo: Evidence, evidence: Evidenc
         "monte_carlo_bias": summary.bias,
         "test_sampling_error": summary.test_sampling_error,
         "bits_per_dimension": summary.bits_per_dimension,
+        "methods": summary.methods,
+        "verdicts": summary.verdicts,
         "trusted_share": summary.trusted,
         "median_ess": summary.median_ess,
         "num_particles": summary.num_particles,

@@ -168,7 +168,7 @@ def two_dimensions(digits: data.Dataset, options: argparse.Namespace) -> list[st
         "importance, K = 5000": score("importance", method="importance", num_particles=5000),
         "laplace": score("laplace", method="laplace"),
         "mixture": score("mixture", method="mixture"),
-        "annealed": score("annealed", method="annealed"),
+        "annealed, 25 temperatures": score("annealed", method=Annealed(num_temperatures=25)),
         "prior, K = 20000": score("prior", method="prior", num_particles=20_000),
     }
     return [

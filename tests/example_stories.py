@@ -1,9 +1,13 @@
-"""Stories that several tests tell: one with a closed form, and one as a user would write it."""
+"""Stories that several tests tell: some whose evidence is known, and some as a user would write them."""
 
+import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
+import scipy.stats
 import torch
 from torch import Tensor, nn
 
@@ -141,3 +145,165 @@ class TwoClusters(nn.Module):
         loc, log_scale = self.guess(x[:, None]).unbind(-1)
         with pyro.plate("observations", len(x)):
             pyro.sample("z", dist.Normal(loc, log_scale.exp()))
+
+
+class ClustersInGuide(TwoClusters):
+    """The same story, told with a guide that draws the discrete latent as well."""
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("observations", len(x)):
+            cluster = pyro.sample("cluster", dist.Categorical(logits=torch.stack([-x, x], -1)))
+            pyro.sample("z", dist.Normal((4 * x + self.loc[cluster]) / 5, 0.6))
+
+
+class HierarchicalNormal(nn.Module):
+    """z2 ~ N(0, 1), z1 ~ N(0.8 z2 + 0.5, 0.6^2), x ~ N(a z1, 0.7^2 I); the guide guesses upwards, a little too wide."""
+
+    loadings = (1.0, -0.5, 0.3)
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("observations", len(x)):
+            top = pyro.sample("top", dist.Normal(0.0, 1.0))
+            bottom = pyro.sample("bottom", dist.Normal(0.8 * top + 0.5, 0.6))
+            pyro.sample("x", dist.Normal(bottom[..., None] * torch.tensor(self.loadings), 0.7).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        loadings = torch.tensor(self.loadings)
+        precision = 1 + loadings.square().sum() / 0.7**2  # a priori, bottom ~ N(0.5, 1)
+        with pyro.plate("observations", len(x)):
+            loc = (0.5 + x @ loadings / 0.7**2) / precision
+            bottom = pyro.sample("bottom", dist.Normal(loc, 1.3 / precision.sqrt()))
+            pyro.sample("top", dist.Normal(0.8 * (bottom - 0.5), 1.3 * 0.6))
+
+    def log_evidence(self, x: Tensor) -> Tensor:
+        """log N(x; 0.5 a, a a' + 0.7^2 I)."""
+        loadings = torch.tensor(self.loadings)
+        covariance = loadings[:, None] * loadings + 0.7**2 * torch.eye(3)
+        return torch.distributions.MultivariateNormal(0.5 * loadings, covariance).log_prob(x)
+
+
+class GammaPoisson(nn.Module):
+    """rate ~ Gamma(2, 0.5), x ~ Poisson(rate); the guide is the posterior with its parameters multiplied by 0.6."""
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("observations", len(x)):
+            rate = pyro.sample("rate", dist.Gamma(2.0, 0.5))
+            pyro.sample("x", dist.Poisson(rate), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("observations", len(x)):
+            pyro.sample("rate", dist.Gamma(0.6 * (2 + x), 0.6 * 1.5))
+
+    def log_evidence(self, x: Tensor) -> Tensor:
+        """The log probability of a negative binomial."""
+        return torch.as_tensor(scipy.stats.nbinom.logpmf(x, 2, 0.5 / 1.5))
+
+
+class DirichletMultinomial(nn.Module):
+    """shares ~ Dirichlet(2, 3, 4), x ~ Multinomial(12, shares); the guide is the posterior, times 0.7."""
+
+    concentration = (2.0, 3.0, 4.0)
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("observations", len(x)):
+            shares = pyro.sample("shares", dist.Dirichlet(torch.tensor(self.concentration)))
+            pyro.sample("x", dist.Multinomial(12, shares), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("observations", len(x)):
+            pyro.sample("shares", dist.Dirichlet(0.7 * (torch.tensor(self.concentration) + x)))
+
+    def log_evidence(self, x: Tensor) -> Tensor:
+        """The log probability of a Dirichlet-multinomial."""
+        return torch.as_tensor(scipy.stats.dirichlet_multinomial.logpmf(x.numpy(), self.concentration, 12))
+
+
+class ThreeKinds(nn.Module):
+    """kind ~ Categorical(0.5, 0.3, 0.2), x ~ N(kind, 0.8^2): a story with nothing but a discrete latent."""
+
+    probs = (0.5, 0.3, 0.2)
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("observations", len(x)):
+            kind = pyro.sample("kind", dist.Categorical(torch.tensor(self.probs)))
+            pyro.sample("x", dist.Normal(kind.to(x), 0.8), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("observations", len(x)):
+            pyro.sample("kind", dist.Categorical(logits=-((x[..., None] - torch.arange(3)) ** 2)))
+
+    def log_evidence(self, x: Tensor) -> Tensor:
+        """By enumeration."""
+        density = sum(p * scipy.stats.norm.pdf(x, kind, 0.8) for kind, p in enumerate(self.probs))
+        return torch.as_tensor(density).log()
+
+
+class ShiftedNormal(nn.Module):
+    """Of x given y: z ~ N(0, 1), x ~ N(z + y, 0.5^2); the guide is a little too wide."""
+
+    def model(self, x: Tensor, y: Tensor) -> None:
+        with pyro.plate("observations", len(y)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z + y, 0.5), obs=x)
+
+    def guide(self, x: Tensor, y: Tensor) -> None:
+        with pyro.plate("observations", len(y)):
+            pyro.sample("z", dist.Normal((x - y) / 1.25, 0.6))
+
+    def log_evidence(self, x: Tensor, y: Tensor) -> Tensor:
+        """log N(x; y, 1.25)."""
+        return torch.as_tensor(scipy.stats.norm.logpdf(x, y, 1.25**0.5))
+
+
+class SquaredNormal(nn.Module):
+    """z ~ N(0, 1), x ~ N(z^2, 0.3^2): the posterior has two modes, and the guide knows of one."""
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("observations", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z**2, 0.3), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("observations", len(x)):
+            pyro.sample("z", dist.Normal(x.clamp(min=0.1).sqrt(), 0.3 / x.clamp(min=0.1).sqrt()))
+
+
+def two_clusters_log_evidence(story: TwoClusters, x: Tensor) -> Tensor:
+    """The log density of a mixture of normals."""
+    component = torch.distributions.Normal(story.loc, 1.25**0.5)
+    return (component.log_prob(x[:, None]) + story.logits.log_softmax(0)).logsumexp(1).detach()
+
+
+def two_latents_log_evidence(story: TwoLatents, x: Tensor) -> Tensor:
+    """Given the size x is normal: one integral, over the log of the size, is left to a grid."""
+    log_size = torch.linspace(-5, 5, 4001)
+    weight, bias = story.loadings.weight.detach(), story.loadings.bias.detach()
+    covariance = weight @ weight.T + torch.exp(2 * log_size)[:, None, None] * torch.eye(5)
+    given_size = torch.distributions.MultivariateNormal(bias, covariance).log_prob(x[:, None])
+    prior = torch.distributions.Normal(0.0, 0.5).log_prob(log_size)
+    return (given_size + prior).logsumexp(1) + math.log(10 / 4000)
+
+
+# name -> (makes a story whose evidence is known, its columns, log p of them)
+ORACLES: dict[str, tuple[Callable[[], Any], Callable[[], tuple[Tensor, ...]], Callable[..., Tensor]]] = {
+    "hierarchical": (
+        HierarchicalNormal,
+        lambda: (torch.linspace(-2, 3, 24).reshape(8, 3),),
+        HierarchicalNormal.log_evidence,
+    ),
+    "gamma": (GammaPoisson, lambda: (torch.arange(8.0),), GammaPoisson.log_evidence),
+    "log-normal": (TwoLatents, lambda: (rows(8),), two_latents_log_evidence),
+    "dirichlet": (
+        DirichletMultinomial,
+        lambda: (torch.tensor([[2.0, 2, 8], [1, 3, 8], [6, 5, 1], [4, 4, 4]]),),
+        DirichletMultinomial.log_evidence,
+    ),
+    "discrete": (ThreeKinds, lambda: (torch.linspace(-2, 4, 8),), ThreeKinds.log_evidence),
+    "summed out": (TwoClusters, lambda: (torch.linspace(-2, 3, 8),), two_clusters_log_evidence),
+    "discrete in guide": (ClustersInGuide, lambda: (torch.linspace(-2, 3, 8),), two_clusters_log_evidence),
+    "conditional": (
+        ShiftedNormal,
+        lambda: (torch.linspace(-2, 3, 8), torch.arange(8.0) % 3),
+        ShiftedNormal.log_evidence,
+    ),
+}

@@ -4,16 +4,25 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
 
 import numpy as np
 import pytest
 
-from ppl_vae import runs
+from ppl_vae import Evidence, runs
 from ppl_vae.cli import main
-from ppl_vae.configuration import CHOICES, DataConfiguration, RunConfiguration, TrainingConfiguration, from_json
+from ppl_vae.configuration import (
+    CHOICES,
+    ComparisonConfiguration,
+    DataConfiguration,
+    EvidenceConfiguration,
+    RunConfiguration,
+    TrainingConfiguration,
+    from_json,
+)
 
 SMALL = ("--epochs", "1", "--network.hidden-dims", "4", "--num-particles", "5")
 
@@ -36,6 +45,14 @@ EVERY_OPTION = [
         for item in fields(k)
     ),
 ]
+
+
+EVIDENCE_OPTIONS = {
+    "evidence": ["RUN", "--splits", "--out", "--data", "--data-root", "--device", "--json"]
+    + [flag(item.name) for item in fields(EvidenceConfiguration)],
+    "compare": ["RUN", "--data", "--data-root", "--device", "--json"]
+    + [flag(item.name) for item in fields(ComparisonConfiguration)],
+}
 
 
 @pytest.fixture
@@ -71,6 +88,29 @@ def files(tmp_path_factory):
     (folder / "text.npy").write_text("not an array")
     (folder / "notes.txt").write_text("1 2 3")
     return folder
+
+
+@pytest.fixture(scope="module")
+def trained(files, tmp_path_factory):
+    """Small runs by name; nobody writes into them."""
+    folder = tmp_path_factory.mktemp("trained")
+    options = {
+        "plane": ["--data", files / "binary.npy"],
+        "deep": ["--data", files / "binary.npy", "--latent-dim", 20],
+        "seeded": ["--data", files / "binary.npy", "--seed", 1],
+        "density": ["--data", files / "binary.npy", "--binarization", "none", "--likelihood", "normal"],
+        "static": ["--data", files / "grey.npy", "--binarization", "static"],
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        for name, said in options.items():
+            assert main([str(word) for word in ("train", *said, "--out", folder / name, *SMALL)]) == 0
+    return {name: folder / name for name in options}
+
+
+@pytest.fixture
+def run(trained, out):
+    """A copy of a small run with two latent dimensions."""
+    return shutil.copytree(trained["plane"], out)
 
 
 def says(capsys, *arguments):
@@ -118,7 +158,7 @@ def test_help_names_the_commands(capsys):
         main(["--help"])
     printed = capsys.readouterr()
     assert left.value.code == 0
-    assert "train" in printed.out and "sample" in printed.out
+    assert all(command in printed.out for command in ("train", "evidence", "compare", "sample"))
 
 
 def test_help_names_the_options_of_sample(capsys):
@@ -128,14 +168,22 @@ def test_help_names_the_options_of_sample(capsys):
     assert all(option in words for option in ("RUN", "--num-observations", "--seed", "--out", "--device", "--json"))
 
 
-def test_the_report_says_elbo_evidence_error_trust_and_folder(capsys, files, out):
+@pytest.mark.parametrize("command", EVIDENCE_OPTIONS)
+def test_help_names_the_options_of_evidence_and_compare(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    words = capsys.readouterr().out.split()
+    assert [option for option in EVIDENCE_OPTIONS[command] if option not in words] == []
+
+
+def test_the_report_says_evidence_elbo_and_folder(capsys, files, out):
     printed = says(capsys, "train", "--data", files / "binary.npy", "--out", out, *SMALL)
     results = json.loads((out / "results.json").read_text())
     assert "Dataset('binary.npy': train 28, validation 4, test 8" in printed.out
-    assert f"test ELBO       {results['test_elbo']:10.2f} nats" in printed.out
-    assert f"test log p(x)   {results['test_log_evidence']:10.2f} nats" in printed.out
-    assert f"+- {results['monte_carlo_error']:.2f} Monte Carlo" in printed.out
-    assert f"{results['trusted_share']:.0%} of the observations have an estimate to be trusted" in printed.out
+    assert f"log p(x) of the test split of binary.npy\n{Evidence.load(out / 'evidence-test.nc')}\n" in printed.out
+    assert "quadrature 8" in printed.out and "k-hat" not in printed.out
+    gap = results["test_log_evidence"] - results["test_elbo"]
+    assert f"test ELBO {results['test_elbo']:.3f} nats, a lower bound: {gap:.3f} below log p(x)" in printed.out
     assert printed.out.endswith(f"all of it is in {out}\n")
     assert printed.err == ""
 
@@ -148,9 +196,8 @@ def test_json_alone_is_on_standard_output(capsys, files, out):
 
 
 def test_a_number_that_is_not_known_is_null_in_json(capsys, files, out):
-    arguments = ("--data", files / "binary.npy", "--out", out, "--json", *SMALL, "--num-particles", "1")
-    results = strict_json(says(capsys, "train", *arguments).out)
-    assert results["monte_carlo_error"] is None
+    results = strict_json(says(capsys, "train", "--data", files / "binary.npy", "--out", out, "--json", *SMALL).out)
+    assert results["median_ess"] is None  # nothing was drawn
     assert results["test_elbo"] < 0
 
 
@@ -198,6 +245,7 @@ def test_every_option_reaches_the_configuration(capsys, files, out):
 
 def test_training_options_rule_the_training(capsys, files, out):
     arguments = ("--data", files / "binary.npy", "--out", out, *SMALL, "--epochs", 3)
+    arguments = (*arguments, "--latent-dim", 3)  # nothing is drawn in one or two dimensions
     says(capsys, "train", *arguments, "--batch-size", 10, "--learning-rate", 0.25, "--kl-warmup", 2)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [3, 6, 9]  # 28 rows in batches of 10
@@ -364,6 +412,201 @@ def test_a_used_folder_is_refused_before_the_data_are_read(capsys, out):
     assert "already holds a run" in refusal(capsys, "train", "--data", "nowhere.npy", "--out", out)
 
 
+# Evidence and comparison ----------------------------------------------------------------------------------------------
+
+
+def test_evidence_prints_each_split_under_its_heading_and_saves_it(capsys, run):
+    printed = says(capsys, "evidence", run, "--splits", "train", "test", "--method", "importance")
+    files = {split: run / f"evidence-{split}.nc" for split in ("train", "test")}
+    expected = [
+        f"log p(x) of the {split} split of binary.npy\n{Evidence.load(file)}\nsaved in {file}\n"
+        for split, file in files.items()
+    ]
+    assert printed.out == "".join(expected)
+    assert printed.err == ""
+
+
+def test_evidence_in_json_is_one_object_with_the_summary_and_file_of_each_split(capsys, run):
+    table = strict_json(says(capsys, "evidence", run, "--splits", "test", "validation", "--json").out)
+    assert table["run"] == str(run)
+    for split in ("test", "validation"):
+        file = run / f"evidence-{split}.nc"
+        summary = asdict(Evidence.load(file).summary())
+        expected = summary | {"file": str(file), "median_ess": None, "doubts": []}
+        assert table["evidence"][split] == expected
+    assert table["evidence"]["test"]["methods"] == {"quadrature": 8}
+    assert table["evidence"]["test"]["verdicts"] == {"exact": 8}
+
+
+def test_options_of_evidence_reach_the_table(capsys, run):
+    options = ("--num-particles", 7, "--tolerance", 0.5, "--budget", 9999, "--correction", "jackknife", "--seed", 5)
+    says(capsys, "evidence", run, "--method", "mixture", *options)
+    evidence = Evidence.load(run / "evidence-test.nc")
+    attrs = evidence.dataset.attrs
+    found = [attrs[name] for name in ("method", "tolerance", "budget", "correction", "seed")]
+    assert found == ["mixture", 0.5, 9999, "jackknife", 5]
+    assert (evidence["num_particles"] >= 7).all()
+
+
+def test_a_table_in_the_run_gives_way_to_a_newer_one(capsys, run):
+    says(capsys, "evidence", run, "--method", "elbo")
+    assert Evidence.load(run / "evidence-test.nc").dataset.attrs["method"] == "elbo"
+
+
+@pytest.mark.parametrize("partial", [["--limit", "3"], ["--data", "binary.npy"]], ids=["limit", "other data"])
+def test_evidence_of_part_of_a_split_or_of_other_data_is_saved_only_where_told(partial, capsys, run, files):
+    before = (run / "evidence-test.nc").read_bytes()
+    partial = [word if word != "binary.npy" else files / word for word in partial]
+    assert "saved" not in says(capsys, "evidence", run, "--method", "elbo", *partial).out
+    assert (run / "evidence-test.nc").read_bytes() == before
+    says(capsys, "evidence", run, "--method", "elbo", *partial, "--out", run.parent / "some.nc")
+    assert Evidence.load(run.parent / "some.nc").dataset.sizes["observation"] == (3 if "3" in partial else 8)
+
+
+def test_out_with_the_suffix_csv_is_a_table_with_a_line_for_each_observation(capsys, run):
+    file = run.parent / "some.csv"
+    assert f"saved in {file}\n" in says(capsys, "evidence", run, "--out", file).out
+    assert len(file.read_text().splitlines()) == 1 + 8
+
+
+def test_a_file_that_out_names_is_not_overwritten(capsys, run):
+    file = run.parent / "some.nc"
+    file.write_text("dear")
+    assert "is there already. Choose another --out" in refusal(capsys, "evidence", run, "--out", file)
+    assert file.read_text() == "dear"
+
+
+def test_compare_prints_the_ranks_of_runs_by_the_names_of_their_folders(capsys, trained):
+    printed = says(capsys, "compare", trained["plane"], trained["deep"], "--num-particles", 50)
+    assert printed.out.startswith("mixture, 8 observations, nats per observation\n")
+    assert {line.split()[0] for line in printed.out.splitlines()[2:4]} == {"plane", "deep"}
+    assert printed.err == ""
+
+
+def test_compare_in_json_has_a_row_for_each_story_and_each_pair(capsys, trained):
+    runs = [trained["plane"], trained["deep"]]
+    table = strict_json(says(capsys, "compare", *runs, "--method", "importance", "--limit", 5, "--json").out)
+    assert (table["method"], table["num_observations"]) == ("importance", 5)
+    best, other = table["stories"]
+    assert {best, other} == {"plane", "deep"}
+    assert table["stories"]["deep"]["run"] == str(trained["deep"])
+    (pair,) = table["pairs"]
+    assert (pair["story"], pair["other"]) == (best, other)
+    means = [table["stories"][name]["mean"] for name in (best, other)]
+    assert 0 <= pair["difference"] == pytest.approx(means[0] - means[1])
+    assert pair["standard_error"] > 0
+
+
+def test_runs_whose_folders_have_the_same_name_go_by_their_paths(capsys, trained, tmp_path):
+    copies = [shutil.copytree(trained[name], tmp_path / name / "run") for name in ("plane", "deep")]
+    runs = [*copies, trained["plane"]]
+    table = strict_json(says(capsys, "compare", *runs, "--method", "importance", "--json").out)
+    assert set(table["stories"]) == {*map(str, copies), "plane"}
+
+
+def test_a_run_in_the_current_folder_has_the_name_of_that_folder(capsys, trained, monkeypatch):
+    monkeypatch.chdir(trained["plane"])
+    table = strict_json(says(capsys, "compare", ".", "../deep", "--method", "importance", "--json").out)
+    assert set(table["stories"]) == {"plane", "deep"}
+
+
+# What is wrong with evidence and compare ------------------------------------------------------------------------------
+
+WRONG_WAYS_TO_SCORE = [
+    (["--limit", "0"], ["limit must be at least 1; found 0"]),
+    (["--tolerance", "-1"], ["tolerance must be positive", "-1"]),
+    (["--tolerance", "nan"], ["tolerance must be positive"]),
+    (["--num-particles", "0"], ["num_particles must be at least 1; found 0"]),
+    (["--budget", "0"], ["budget must be at least 1; found 0"]),
+    (["--seed", "-1"], ["seed must be at least 0; found -1"]),
+    (["--method", "magic"], ["Unknown method 'magic'", "auto, importance, mixture", "exact"]),
+    (["--correction", "magic"], ["Unknown correction 'magic'", "jackknife, jackknife-2, pareto"]),
+    (["--method", "exact"], ["method='exact' sums over discrete latents"]),
+    (["--method", "elbo", "--tolerance", "1"], ["'elbo' takes no tolerance"]),
+    (["--device", "cuda:99"], ["device 'cuda:99' is not there"]),
+    (["--data", "nowhere.npy"], ["no file or folder", "nowhere.npy"]),
+    (["--data", "digits"], ["'digits' have the shape (1, 8, 8), those of", "(4,)"]),
+    (["--data", "mnist", "--data-root", "nothing-there"], ["nothing-there"]),
+]
+
+
+def unchanged(run, refuse):
+    """What a call returns that is to leave a run as it is."""
+    before = {file.name: file.read_bytes() for file in run.iterdir()}
+    result = refuse()
+    assert {file.name: file.read_bytes() for file in run.iterdir()} == before
+    return result
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        *WRONG_WAYS_TO_SCORE,
+        (["--splits", "dev"], ["--splits", "'dev'", "train", "validation", "test"]),
+        (["--splits"], ["--splits"]),
+        (["--out", "table.txt"], [".nc", ".csv", "table.txt"]),
+        (["--out", "nowhere/table.nc"], ["no folder 'nowhere'"]),
+        (["--out", "table.nc", "--splits", "train", "test"], ["--out is for the table of one split"]),
+    ],
+    ids=lambda value: " ".join(value) if value and value[0].startswith("--") else None,
+)
+def test_a_wrong_option_of_evidence_is_one_line_and_no_file(arguments, words, capsys, trained):
+    line = unchanged(trained["plane"], lambda: refusal(capsys, "evidence", trained["plane"], *arguments))
+    assert [word for word in words if word not in line] == []
+
+
+@pytest.mark.parametrize(("arguments", "words"), WRONG_WAYS_TO_SCORE, ids=lambda value: " ".join(value))
+def test_a_wrong_option_of_compare_is_one_line(arguments, words, capsys, trained):
+    line = refusal(capsys, "compare", trained["plane"], trained["deep"], *arguments)
+    assert [word for word in words if word not in line] == []
+
+
+def test_quadrature_of_many_dimensions_is_one_line_and_no_file(capsys, trained):
+    run = trained["deep"]
+    line = unchanged(run, lambda: refusal(capsys, "evidence", run, "--method", "quadrature"))
+    assert "Quadrature is for one or two latent dimensions; this story has 20" in line
+
+
+@pytest.mark.parametrize("command", ["evidence", "compare"])
+def test_a_run_that_is_not_there_is_one_line(command, capsys, trained, tmp_path):
+    others = [trained["plane"]] if command == "compare" else []
+    for missing in (tmp_path / "nowhere", tmp_path):
+        assert f"There is no run '{missing}'" in refusal(capsys, command, missing, *others)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_evidence_of_a_run_without_story_is_one_line_and_no_file(capsys, run):
+    (run / "story.safetensors").unlink()
+    assert "There is no checkpoint" in unchanged(run, lambda: refusal(capsys, "evidence", run))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "ppl_vae/run/0"}', "[" * 100_000, "\0"])
+def test_a_damaged_configuration_of_a_run_is_one_line(text, capsys, run):
+    (run / "config.json").write_text(text)
+    line = unchanged(run, lambda: refusal(capsys, "evidence", run))
+    assert "config.json" in line and ("damaged" in line or "ppl_vae/run/0" in line)
+
+
+def test_compare_of_one_run_is_one_line(capsys, trained):
+    assert "at least two runs" in refusal(capsys, "compare", trained["plane"])
+    twice = (trained["plane"], trained["plane"].parent / "deep" / ".." / "plane")
+    assert "given twice" in refusal(capsys, "compare", *twice)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("static", "grey.npy, binarization static, seed 0"), ("seeded", "binarization dynamic, seed 1")]
+)
+def test_runs_that_hold_out_other_observations_are_refused_in_one_line(name, words, capsys, trained):
+    line = refusal(capsys, "compare", trained["plane"], trained[name])
+    assert "The test observations differ between" in line
+    assert "plane' (binary.npy, binarization dynamic, seed 0)" in line and words in line
+
+
+def test_a_probability_beside_a_density_is_refused_in_one_line(capsys, trained):
+    line = refusal(capsys, "compare", trained["plane"], trained["density"], "--method", "elbo")
+    assert "probability" in line and "density" in line
+
+
 # What is wrong with sample --------------------------------------------------------------------------------------------
 
 
@@ -418,7 +661,22 @@ def test_the_command_line_starts_without_heavy_imports():
     assert result.stdout == "[]\n"
 
 
-@pytest.mark.parametrize("arguments", [["train", "--help"], ["train", "--epochs", "-1"], ["sample", "--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--help"],
+        ["train", "--epochs", "-1"],
+        ["sample", "--help"],
+        ["evidence", "--help"],
+        ["evidence", "run", "--method", "magic"],
+        ["evidence", "run", "--out", "table.txt"],
+        ["evidence", "run", "--limit", "0"],
+        ["compare", "--help"],
+        ["compare", "run"],
+        ["compare", "run", "other", "--correction", "magic"],
+    ],
+    ids=" ".join,
+)
 def test_help_and_wrong_options_answer_without_heavy_imports(arguments):
     program = f"""
 import sys

@@ -1,22 +1,26 @@
 """Configurations go to JSON and come back the same, strictly checked; every word builds a right story."""
 
+import inspect
 import json
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, fields, replace
+from typing import get_args
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppl_vae import check, configuration
+from ppl_vae import check, configuration, data, log_evidence
 from ppl_vae.configuration import (
     CHOICES,
     Bernoulli,
+    ComparisonConfiguration,
     Convolutional,
     DataConfiguration,
     DiagonalNormal,
+    EvidenceConfiguration,
     Mlp,
     Normal,
     RunConfiguration,
@@ -28,6 +32,8 @@ from ppl_vae.configuration import (
     from_json,
     to_json,
 )
+from ppl_vae.evidence.comparison import compare
+from ppl_vae.evidence.estimators import Correction, MethodName
 
 EVERY_CHOICE = [(slot, word) for slot, words in CHOICES.items() for word in words]
 
@@ -202,6 +208,10 @@ def test_a_scale_that_is_neither_word_nor_number_is_refused(value):
         lambda: TrainingConfiguration(seed=-1),
         lambda: TrainingConfiguration(kl_warmup=-1),
         lambda: TrainingConfiguration(patience=-1),
+        lambda: EvidenceConfiguration(num_particles=0),
+        lambda: EvidenceConfiguration(budget=0),
+        lambda: EvidenceConfiguration(limit=0),
+        lambda: EvidenceConfiguration(seed=-1),
     ],
 )
 def test_a_number_below_its_least_is_refused(make):
@@ -214,6 +224,7 @@ def test_a_number_below_its_least_is_refused(make):
     ("kind", "field"),
     [
         (TrainingConfiguration, "learning_rate"),
+        (EvidenceConfiguration, "tolerance"),
         (Normal, "scale"),
         (Normal, "floor"),
         (Normal, "initial"),
@@ -233,6 +244,28 @@ def test_an_unknown_word_for_a_scale_names_the_words():
 def test_an_unknown_binarization_names_the_words():
     with pytest.raises(ValueError, match="auto, none, static and dynamic; found 'some'"):
         DataConfiguration(binarization="some")
+
+
+def test_an_unknown_method_or_correction_names_the_words():
+    with pytest.raises(ValueError, match=r"Unknown method 'magic'; choose one of auto, .*, exact"):
+        EvidenceConfiguration(method="magic")
+    with pytest.raises(ValueError, match="Unknown correction 'magic'; choose one of jackknife, jackknife-2, pareto"):
+        EvidenceConfiguration(correction="magic")
+
+
+def test_the_words_of_the_command_line_are_those_of_the_package():
+    assert get_args(MethodName) == configuration.METHODS
+    assert get_args(Correction) == configuration.CORRECTIONS
+    assert tuple(data.load(torch.rand(10, 3)).splits) == configuration.SPLITS
+
+
+@pytest.mark.parametrize(
+    ("kind", "function"), [(EvidenceConfiguration, log_evidence), (ComparisonConfiguration, compare)]
+)
+def test_estimates_at_the_command_line_have_the_defaults_of_the_package(kind, function):
+    parameters = inspect.signature(function).parameters
+    said = {item.name: item.default for item in fields(kind) if item.name not in ("limit", "seed")}
+    assert said == {name: parameters[name].default for name in said}
 
 
 def test_choice_looks_words_up_in_its_own_table_only():
@@ -333,6 +366,8 @@ def test_a_story_beyond_all_memory_is_refused_in_one_line(wanted):
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("kind", [DataConfiguration, TrainingConfiguration, *(CHOICES[s][w] for s, w in EVERY_CHOICE)])
+@pytest.mark.parametrize(
+    "kind", [DataConfiguration, TrainingConfiguration, EvidenceConfiguration, *(CHOICES[s][w] for s, w in EVERY_CHOICE)]
+)
 def test_every_field_is_an_option_with_a_help_text(kind):
     assert all(item.metadata["help"] for item in fields(kind))

@@ -3,17 +3,27 @@
 import contextlib
 import io
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from ppl_vae import check, configuration, data, fit, load, log_evidence, runs
+from ppl_vae import Evidence, check, configuration, data, fit, load, log_evidence, runs
 from ppl_vae.cli import main
-from ppl_vae.configuration import DataConfiguration, Mlp, Normal, RunConfiguration, StoryConfiguration
+from ppl_vae.configuration import (
+    ComparisonConfiguration,
+    DataConfiguration,
+    EvidenceConfiguration,
+    Mlp,
+    Normal,
+    RunConfiguration,
+    StoryConfiguration,
+)
 from ppl_vae.configuration import TrainingConfiguration as Training
 
 DIGITS = ("--data", "digits", "--epochs", "2", "--network.hidden-dims", "16", "--num-particles", "20")
@@ -57,6 +67,7 @@ def test_the_folder_holds_all_that_is_documented(run):
     assert sorted(file.name for file in run.iterdir()) == [
         "atlas.png",
         "config.json",
+        "evidence-test.nc",
         "learning_curve.png",
         "metrics.jsonl",
         "reconstructions.png",
@@ -97,7 +108,20 @@ def test_results_are_those_of_the_saved_story(run):
     assert results["monte_carlo_error"] == pytest.approx(summary.monte_carlo_error, rel=1e-4)
     assert results["bits_per_dimension"] == pytest.approx(-summary.mean / 64 / np.log(2), rel=1e-6)
     assert results["trusted_share"] == summary.trusted
+    assert (results["methods"], results["verdicts"]) == (summary.methods, summary.verdicts)
     assert results["num_test_observations"] == 359
+
+
+def test_the_table_of_the_test_observations_is_what_the_results_sum_up(run):
+    evidence, results = Evidence.load(run / "evidence-test.nc"), read(run / "results.json")
+    assert evidence.summary().mean == results["test_log_evidence"]
+    assert evidence.dataset.sizes["observation"] == results["num_test_observations"]
+
+
+def test_log_p_of_two_latent_dimensions_is_integrated(run):
+    results = read(run / "results.json")
+    assert (results["methods"], results["verdicts"]) == ({"quadrature": 359}, {"exact": 359})
+    assert (results["num_particles"], results["median_ess"]) == (0, None)
 
 
 def test_the_elbo_is_below_the_evidence(run):
@@ -227,9 +251,123 @@ def test_a_run_that_cannot_begin_leaves_no_folder(dataset, tmp_path):
 def test_train_says_what_happens_and_returns_what_it_writes(dataset, tmp_path):
     said = []
     results = runs.train(asked_for(epochs=2), dataset, tmp_path / "run", say=said.append)
-    assert results == {"run": str(tmp_path / "run")} | read(tmp_path / "run" / "results.json")
+    assert json.loads(runs.as_json(results)) == {"run": str(tmp_path / "run")} | read(tmp_path / "run" / "results.json")
     assert said[0] == str(dataset)
     assert said[1].startswith("trained 2 epochs in ")
+
+
+# Scoring a run again --------------------------------------------------------------------------------------------------
+
+IMPORTANCE = EvidenceConfiguration(method="importance", num_particles=10)
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    """A copy of the small run, to be written into."""
+    return shutil.copytree(run, tmp_path / "copy")
+
+
+def rewrite(run, change):
+    """Changes the configuration of a run."""
+    table = read(run / "config.json")
+    change(table)
+    (run / "config.json").write_text(json.dumps(table))
+
+
+def score(run, *splits, asked=IMPORTANCE, **options):
+    return {scored.split: scored for scored in runs.score(run, splits, asked, **options)}
+
+
+def test_the_test_split_of_a_run_has_the_evidence_that_train_reported(copy):
+    before = Evidence.load(copy / "evidence-test.nc")
+    scored = score(copy, "test", asked=EvidenceConfiguration(num_particles=20))["test"]
+    np.testing.assert_allclose(scored.evidence["estimate"], before["estimate"], rtol=1e-6)
+    assert scored.evidence.dataset.attrs["fingerprint"] == before.dataset.attrs["fingerprint"]
+
+
+def test_dynamically_binarized_training_data_are_drawn_once_for_their_evidence(run):
+    scored = score(run, "train", "validation", asked=replace(IMPORTANCE, limit=50))
+    once = data.load("digits", binarization="static")
+    story = load(run / "story.safetensors")
+    for name in ("train", "validation"):
+        expected = log_evidence(story, once.splits[name].x[:50], method="importance", num_particles=10)
+        assert scored[name].evidence.dataset.equals(expected.dataset)
+
+
+def test_the_noise_is_ruled_by_the_seed_of_the_run_unless_told_otherwise(dataset, tmp_path):
+    asked = asked_for(epochs=1, seed=3)
+    np.save(tmp_path / "x.npy", torch.cat([split.x for split in dataset.splits.values()]).numpy())
+    wanted = RunConfiguration(DataConfiguration(str(tmp_path / "x.npy")), asked.story, asked.training)
+    loaded = runs.load_data(wanted.data, binarized=False, seed=3)
+    runs.train(wanted, loaded, tmp_path / "run", say=lambda text: None)
+    found = {
+        seed: score(tmp_path / "run", "test", asked=replace(IMPORTANCE, seed=seed))["test"].evidence
+        for seed in (None, 3, 4)
+    }
+    assert found[None].dataset.equals(found[3].dataset)
+    assert not found[None].dataset.equals(found[4].dataset)
+
+
+def test_a_limit_takes_the_first_observations(run, copy):
+    whole = score(copy, "test")["test"].evidence
+    part = score(run, "test", asked=replace(IMPORTANCE, limit=32))["test"]
+    np.testing.assert_allclose(part.evidence["estimate"], whole["estimate"][:32], rtol=1e-5)
+    assert part.file is None
+
+
+def test_data_that_changed_since_a_run_are_refused_unless_named(copy):
+    rewrite(copy, lambda table: table["dataset"].update(sha256="0" * 64))
+    with pytest.raises(ValueError, match=r"'digits' is not what .*copy' was trained on any more.*Give --data"):
+        score(copy, "test")
+    assert score(copy, "test", source="digits")["test"].evidence.dataset.sizes["observation"] == 359
+
+
+def test_other_data_are_split_and_binarized_like_those_of_the_run(run, tmp_path):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).random((30, 1, 8, 8)).astype(np.float32))
+    loaded = runs.data_of(runs.open_run(run), str(tmp_path / "x.npy"))
+    expected = data.load(tmp_path / "x.npy", binarization="static", seed=0)
+    assert loaded.fingerprint == expected.fingerprint
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_anything_is_computed(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "log_evidence", lambda *columns, **settings: pytest.fail("computed"))
+    with pytest.raises(OSError):
+        score(run, "test", out=tmp_path / "nowhere" / "table.nc")
+
+
+def with_seed(run, folder, seed):
+    """A copy of a run as if another seed had drawn its splits."""
+    record = data.load("digits", seed=seed).record
+    rewrite(shutil.copytree(run, folder), lambda table: table.update(dataset=record))
+    rewrite(folder, lambda table: table["training"].update(seed=seed))
+    return folder
+
+
+def compare(*folders, asked=None, **options):
+    asked = asked or ComparisonConfiguration("importance", 10)
+    return runs.compare({folder.name: folder for folder in folders}, asked, **options)
+
+
+def test_a_comparison_is_that_of_the_evidence_of_the_runs(run, copy):
+    compared = compare(run, copy)
+    expected = score(copy, "test")["test"].evidence
+    assert compared.evidence["digits"].dataset.equals(expected.dataset)
+    assert compared["difference"].sel(story="digits", other="copy") == 0
+
+
+def test_runs_of_two_seeds_are_compared_on_observations_that_neither_has_seen(run, tmp_path):
+    other = with_seed(run, tmp_path / "other", 1)
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).random((30, 1, 8, 8)).astype(np.float32))
+    compared = compare(run, other, source=str(tmp_path / "x.npy"))
+    assert compared["difference"].sel(story="digits", other="other") == 0
+
+
+def test_observations_that_a_run_was_trained_on_are_no_test(run, tmp_path):
+    other = with_seed(run, tmp_path / "other", 1)
+    with pytest.raises(ValueError, match="test observations differ"):
+        compare(run, other)
+    with pytest.raises(ValueError, match="other' was trained on some test observations: its seed 1 splits 'digits'"):
+        compare(run, other, source="digits")
 
 
 # New observations -----------------------------------------------------------------------------------------------------
