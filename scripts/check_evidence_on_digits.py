@@ -27,6 +27,7 @@ from ppl_vae.networks import mlp
 
 GOOD = ("exact", "good")
 STEP, HALF_WIDTH = 0.00625, 6.5
+WORST, ZOOM = 20, 0.5
 
 
 def story(latent_dim: int) -> VAE:
@@ -101,8 +102,8 @@ def row(name: str, evidence: Evidence, honesty: dict[str, float]) -> str:
 
 
 HEAD = (
-    "| method | mean | Monte Carlo error | bias | median ESS | good | good, but off | off by > 0.5 nats | of them flagged"
-    " | s / image |\n|" + " --- |" * 10
+    "| method | mean | Monte Carlo error | bias | median ESS | good | good, but off | off by > 0.5 nats "
+    "| of them flagged | s / image |\n|" + " --- |" * 10
 )
 
 
@@ -117,7 +118,7 @@ def fifty_dimensions(digits: data.Dataset, options: argparse.Namespace) -> list[
         "importance, K = 5000": score("importance", method="importance", num_particles=5000),
         "mixture, K = 1000": score("mixture-1000", method="mixture"),
         "mixture, K = 5000": score("mixture", method="mixture", num_particles=5000),
-        "annealed, 16 chains": score("annealed", method="annealed"),
+        "annealed, 16 chains": score("annealed", method="annealed", num_particles=16),
         "auto": score("auto"),
     }
     slow = Annealed(num_temperatures=200)
@@ -134,9 +135,9 @@ def fifty_dimensions(digits: data.Dataset, options: argparse.Namespace) -> list[
         f"Reference: mean {truth.mean():.3f} nats, error {np.sqrt((truth_error**2).sum()) / len(x):.4f} (mixture with "
         f"{options.reference_particles} particles {many.summary().mean:.3f}, annealed {chains.summary().mean:.3f}).",
         "\n".join([HEAD, *(row(name, e, verdicts_on(e, truth, truth_error)) for name, e in rows.items())]),
-        f"Mixture minus annealed: {difference.mean():+.4f} nats, joint error {joint:.4f}. Where k-hat flags the encoder "
-        f"({flagged.mean():.0%} of the images) the median ESS of 5,000 is {ess[0]:.0f} with the encoder and {ess[1]:.0f} "
-        "with the mixture.",
+        f"Mixture minus annealed: {difference.mean():+.4f} nats, joint error {joint:.4f}. Where k-hat flags the "
+        f"encoder ({flagged.mean():.0%} of the images) the median ESS of 5,000 is {ess[0]:.0f} with the encoder and "
+        f"{ess[1]:.0f} with the mixture.",
     ]
     gaps = [
         evidence_bounds(subject, num_observations=options.num_simulated, method=method, num_particles=particles)
@@ -160,8 +161,12 @@ def two_dimensions(digits: data.Dataset, options: argparse.Namespace) -> list[st
 
     grid = score("quadrature", method="quadrature")
     fine, finer = brute_force(subject, x, options.cache / "2-grid.npz")
-    change = np.abs(grid["estimate"].values - finer)
-    truth, truth_error = finer, np.abs(finer - fine)
+    worst = np.abs(finer - fine).argsort()[-WORST:]
+    truth, truth_error = finer.copy(), np.abs(finer - fine) / 3
+    if not (zoom := options.cache / "2-zoom.npy").exists():
+        np.save(zoom, zoomed(subject, x[worst]))
+    truth[worst], truth_error[worst] = np.load(zoom), 0.0
+    change = np.abs(grid["estimate"].values - truth)
     rows = {
         "quadrature": grid,
         "auto": score("auto"),
@@ -173,8 +178,9 @@ def two_dimensions(digits: data.Dataset, options: argparse.Namespace) -> list[st
     }
     return [
         f"## 2 dimensions, {len(x)} test images",
-        f"Quadrature against a hand-written uniform grid of step {STEP}: largest difference {change.max():.5f} nats, mean "
-        f"{change.mean():.6f}; that grid against one of step {2 * STEP}: {np.abs(finer - fine).max():.5f}.",
+        f"Quadrature against a hand-written uniform grid of step {STEP} (and of {STEP / 4} around the mode, for the "
+        f"{WORST} images that halving the step moved most): largest difference {change.max():.5f} nats, mean "
+        f"{change.mean():.6f}.",
         "\n".join([HEAD, *(row(name, e, verdicts_on(e, truth, truth_error)) for name, e in rows.items())]),
     ]
 
@@ -199,6 +205,26 @@ def brute_force(subject: VAE, x: torch.Tensor, path: Path) -> tuple[np.ndarray, 
         np.savez(path, log_p=(sums + 2 * steps.log()).numpy())
     fine, finer = np.load(path)["log_p"]
     return fine, finer
+
+
+@torch.no_grad()
+def zoomed(subject: VAE, x: torch.Tensor) -> np.ndarray:
+    """log p(x) of a few images by the trapezoid rule of step STEP / 4 on a square around the mode."""
+    coarse = torch.cartesian_prod(*[torch.arange(-HALF_WIDTH, HALF_WIDTH, 0.025)] * 2)
+    step = STEP / 4
+    window = torch.arange(-round(ZOOM / step), round(ZOOM / step) + 1) * step
+
+    def log_joint(z: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        logits = subject.decoder.logits(z).flatten(1)
+        log_p = logits @ image.flatten() - torch.nn.functional.softplus(logits).sum(1)
+        return log_p.double() - z.double().square().sum(1) / 2 - np.log(2 * np.pi)
+
+    sums = []
+    for image in x:
+        mode = coarse[torch.cat([log_joint(z, image) for z in coarse.split(4096)]).argmax()]
+        points = torch.cartesian_prod(window, window) + mode
+        sums.append(torch.cat([log_joint(z, image) for z in points.split(4096)]).logsumexp(0) + 2 * np.log(step))
+    return torch.stack(sums).numpy()
 
 
 def main() -> None:

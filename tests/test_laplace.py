@@ -115,15 +115,15 @@ def test_draws_follow_the_density(float64, degrees_of_freedom):
 # Several modes
 
 
-def test_both_modes_of_nearly_all_posteriors_are_found(float64):
+def test_both_modes_of_all_posteriors_are_found(float64):
     story, x = SquaredNormal(), torch.linspace(0.8, 3, 64)
     with traces.scoring(story):
         joint = joint_of(story, (x,), "rows")
         students, _ = laplace(joint, (x,), 10.0)
     modes = joint.space.latents(students.loc.flatten(0, 1))[0]["z"].reshape(64, -1)
-    real = students.log_weights > -math.inf
+    real = students.log_weights > math.log(0.2)  # a search may also end on the saddle between them
     both = (real & (modes > 0.3)).any(1) & (real & (modes < -0.3)).any(1)
-    assert both.double().mean() > 0.85
+    assert both.all()
     assert (real.sum(1) <= 2).all()
     right_place = (modes**2 - (x - 0.09 / 2)[:, None]).abs() < 0.05  # where the derivative of log p(x, z) is zero
     assert right_place[real].all()

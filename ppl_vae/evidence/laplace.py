@@ -17,8 +17,12 @@ from ppl_vae import traces
 from ppl_vae.evidence.joint import Joint, is_out_of_memory
 from ppl_vae.traces import Columns
 
-GUIDE_STARTS, PRIOR_STARTS = 64, 128
-NUM_STARTS = 6
+GUIDE_STARTS = 64
+# Draws of the prior, and how many places of the best ones the search starts from. In few dimensions a posterior often
+# has modes that the guide does not know; in many, draws of the prior find none of them.
+FEW_DIMENSIONS = 4
+PRIOR_STARTS = {"few": (512, 6), "many": (128, 1)}
+APART = 0.4  # prior standard deviations between two places
 MAX_STEPS, USUAL_STEPS = 40, 10
 GRADIENT = 2  # a gradient takes as long as two evaluations
 SETTLED = 1e-2  # nats that a Newton step still promises
@@ -88,9 +92,8 @@ def laplace(
 ) -> tuple[StudentMixture, Tensor]:
     """A Student-t at every mode found of each observation's posterior, and where that failed, shape (N,).
 
-    The search starts from the guide's middle, its best draw and the best draw of each of four samples of the prior: of
-    two equal modes the one that the guide does not know is missed once in sixteen times. Where no mode with finite
-    curvature is found, the guide's draws are matched by one Student-t, widened by half.
+    The search starts from the guide's middle, its best draw, and the best draws of the prior that lie apart. Where no
+    mode with finite curvature is found, the guide's draws are matched by one Student-t, widened by half.
     """
     guide = joint.guide_points(columns, GUIDE_STARTS)
     widened = _matched(guide, degrees_of_freedom)
@@ -119,8 +122,13 @@ def laplace(
 def cost_of_modes(dim: int, refinements: int) -> int:
     """About how many evaluations of log p(x, u) the search takes for an observation of K = ``dim`` coordinates."""
     hessian = 1 + GRADIENT * (dim + 1)
-    starting = GUIDE_STARTS + 2 * PRIOR_STARTS
-    return starting + (NUM_STARTS * USUAL_STEPS + 2 * REFINING_PAIRS * refinements) * hessian
+    draws, places = _prior_starts(dim)
+    return GUIDE_STARTS + 2 * draws + ((2 + places) * USUAL_STEPS + 2 * REFINING_PAIRS * refinements) * hessian
+
+
+def _prior_starts(dim: int) -> tuple[int, int]:
+    """How many draws of the prior are looked at, and how many of them are climbed from."""
+    return PRIOR_STARTS["few" if dim <= FEW_DIMENSIONS else "many"]
 
 
 def _refined(joint: Joint, columns: Columns, students: StudentMixture) -> StudentMixture:
@@ -158,17 +166,22 @@ def _matched(points: Tensor, degrees_of_freedom: float) -> StudentMixture:
 
 
 def _starts(joint: Joint, columns: Columns, guide: Tensor) -> Tensor:
-    """Where the search begins, shape (N, NUM_STARTS, K)."""
-    middle, prior = guide.mean(0, keepdim=True), joint.prior_points(columns, PRIOR_STARTS)
-    best = [_best(joint, columns, points) for points in (guide, *prior.chunk(NUM_STARTS - 2))]
-    return torch.cat([middle, *best]).transpose(0, 1)
+    """Where the search begins, shape (N, starts, K): the guide's middle, its best draw, the best draws of the prior."""
+    draws, places = _prior_starts(joint.dim)
+    middle, prior = guide.mean(0, keepdim=True), joint.prior_points(columns, draws)
+    return torch.cat([middle, _best(joint, columns, guide, 1), _best(joint, columns, prior, places)]).transpose(0, 1)
 
 
-def _best(joint: Joint, columns: Columns, points: Tensor) -> Tensor:
-    """The most probable of points of shape (S, N, K), shape (1, N, K)."""
+def _best(joint: Joint, columns: Columns, points: Tensor, count: int) -> Tensor:
+    """The most probable of points of shape (S, N, K) that lie apart from each other, shape (count, N, K)."""
     _, log_p = joint.log_prob(traces.as_rows(columns, len(points)), points.flatten(0, 1))
-    first = log_p.nan_to_num(-math.inf).reshape(points.shape[:2]).argmax(0, keepdim=True)
-    return points.gather(0, first.unsqueeze(-1).expand(-1, -1, points.shape[-1]))
+    log_p = log_p.nan_to_num(-math.inf).reshape(points.shape[:2])
+    rows, chosen = torch.arange(points.shape[1], device=points.device), []
+    for _ in range(count):
+        chosen.append(points[log_p.argmax(0), rows])
+        near = (points - chosen[-1]).square().sum(-1) < APART**2
+        log_p = torch.where(near, -math.inf, log_p)
+    return torch.stack(chosen)
 
 
 def climb(joint: Joint, rows: Columns, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,6 +16,7 @@ Verdict = Literal["exact", "good", "fair", "poor", "bound", "unresolved"]
 
 GOOD, FAIR = 0.4, 0.7
 SMALLEST_TAIL = 5
+SMALLEST_ROUNDING = 1e-11  # of log weights in float64, after a matrix has been factorized
 
 # The jackknife treats this many of the largest weights one by one. Any two others hold at most 2/22 of the sum, so that
 # the series of log(1 - p), of which JACKKNIFE_POWERS terms are summed, ends below the rounding of float64.
@@ -79,7 +80,7 @@ class WeightSums:
             ValueError: naming the first observation of this block whose weight is NaN or infinite. A weight of zero
                 (a log of minus infinity) is legal.
         """
-        self.rounding = max(self.rounding, 64 * torch.finfo(log_weights.dtype).eps)
+        self.rounding = max(self.rounding, 64 * torch.finfo(log_weights.dtype).eps, SMALLEST_ROUNDING)
         log_w = log_weights.detach().to("cpu", torch.float64, copy=True)  # ours: it waits, whatever the caller does
         if bool((bad := log_w.isnan() | (log_w == torch.inf)).any()):
             raise NonFiniteWeightsError(bad.any(0).nonzero().flatten().tolist())
