@@ -1,6 +1,6 @@
 """Every estimator of log p(x) against the closed form of linear-Gaussian stories: are verdicts and intervals honest?
 
-    python scripts/check_evidence_on_gaussians.py --rows 256
+    python scripts/check_evidence_on_gaussians.py --rows 192
 
 The guide is the exact posterior with its standard deviations multiplied by a width. Printed for every method, dimension
 and width: the share of observations with each verdict; the share of 95 % intervals (estimate plus or minus 1.96
@@ -22,7 +22,10 @@ from ppl_vae import VAE, likelihoods, log_evidence, priors
 from ppl_vae.evidence.estimators import MethodName
 
 FROM_MODES = ("laplace", "annealed")  # the guide only helps to find the modes: one width is enough
-HEADER = "| method | dim | width | exact | good | fair | poor | coverage of good | of fair | mean error | mean p-hat/p, good |"
+COLUMNS = (
+    *("method", "dim", "width", "exact", "good", "fair", "poor"),
+    *("coverage of good", "of fair", "mean error", "mean p-hat/p, good"),
+)
 
 
 class WidenedPosterior(nn.Module):
@@ -50,7 +53,8 @@ def linear_gaussian(dim: int, width: float, num_features: int = 20) -> VAE:
 
 def closed_form(story: VAE, x: Tensor) -> np.ndarray:
     """log N(x; b, W W' + 0.25 I)."""
-    weight, bias = (parameter.detach() for parameter in story.encoder.linear.parameters())
+    linear = story.get_submodule("encoder.linear")
+    weight, bias = (parameter.detach() for parameter in linear.parameters())
     covariance = weight @ weight.T + 0.25 * torch.eye(len(bias))
     return torch.distributions.MultivariateNormal(bias, covariance).log_prob(x).numpy()
 
@@ -81,9 +85,12 @@ class Scores:
     def line(self, *labels: object) -> str:
         shares = [self.share(verdict) for verdict in ("exact", "good", "fair", "poor")]
         coverages = [self.coverage(verdict) for verdict in ("good", "fair")]
-        return (
-            "| " + " | ".join([*map(str, labels), *shares, *coverages, f"{self.error.mean():+.4f}", self.ratio]) + " |"
-        )
+        return row(*labels, *shares, *coverages, f"{self.error.mean():+.4f}", self.ratio)
+
+
+def row(*cells: object) -> str:
+    """A line of a Markdown table."""
+    return "| " + " | ".join(map(str, cells)) + " |"
 
 
 def score(method: MethodName, dim: int, width: float, rows: int, seed: int) -> Scores:
@@ -103,7 +110,7 @@ def together(scores: list[Scores]) -> Scores:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=256, help="observations for each line of the table")
+    parser.add_argument("--rows", type=int, default=192, help="observations for each line of the table")
     parser.add_argument("--dims", type=int, nargs="+", default=[1, 2, 8, 32])
     parser.add_argument("--widths", type=float, nargs="+", default=[0.7, 1.0, 1.2, 1.5])
     methods = ["importance", "laplace", "mixture", "annealed", "auto"]
@@ -113,7 +120,7 @@ def main() -> None:
 
     torch.set_default_dtype(torch.float64)
     started = time.perf_counter()
-    print(HEADER + "\n|" + " --- |" * HEADER.count(" | ") + " --- |")
+    print(row(*COLUMNS) + "\n" + row(*["---"] * len(COLUMNS)))
     for method in options.methods:
         scores = []
         for dim in options.dims:

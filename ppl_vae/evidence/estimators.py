@@ -293,6 +293,8 @@ class _Estimation:
             solved = table["verdict"] == "exact"
             yield {name: column[solved] for name, column in table.items()}
             rows = torch.from_numpy((~solved).nonzero()[0])
+            if not len(rows):
+                return
         yield from self._by_pilot(self._ladder(), rows)
 
     def _ladder(self) -> tuple[Method, ...]:
