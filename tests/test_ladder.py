@@ -113,7 +113,7 @@ def test_intervals_with_a_good_verdict_cover_the_truth(float64, capsys):
 
 @pytest.mark.slow
 def test_intervals_of_annealing_cover_the_truth(float64):
-    scores = score(Annealed(num_temperatures=25), 2, 0.7, num_observations=640, num_features=4, num_particles=64)
+    scores = score(Annealed(num_temperatures=10), 2, 0.7, num_observations=640, num_features=4, num_particles=128)
     assert (scores.verdict == "good").mean() > 0.95
     assert 0.92 <= scores.covered[scores.verdict == "good"].mean() <= 0.98
 
