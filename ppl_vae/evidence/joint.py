@@ -405,6 +405,10 @@ def joint_of(story: Story, columns: Columns, layout: Layout | None = None) -> Jo
         space, why_not = latent_space(story, columns), ""
     except ValueError as error:  # importance sampling does without it
         space, why_not = None, str(error)
+    except RuntimeError as error:  # a model that runs on the guide's latents need not run on its own
+        if is_out_of_memory(error):
+            raise MemoryError("The story does not fit in memory with the draws that look at its prior.") from error
+        space, why_not = None, f"The model fails on draws of its own prior: {str(error).splitlines()[0]}"
     return Joint(
         story=story,
         space=space,

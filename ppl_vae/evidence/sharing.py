@@ -11,7 +11,6 @@ from functools import singledispatch
 
 import pyro.distributions as dist
 import torch
-from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
 from torch.nn.functional import softplus
@@ -61,7 +60,7 @@ def _two_different(columns: Columns) -> Columns:
 def _tell_two(story: Story, rows: Columns) -> tuple[Trace, dict[str, int]]:
     """A run of the model on two rows, and which of its observed values are columns."""
     with noise.unit(rows[0].device, 0, noise.Purpose.CHECK):
-        trace = poutine.trace(story.model).get_trace(*rows)
+        trace, _ = traces.run(story, *rows)
     scored = {
         name: position
         for name, site in observed_sites(trace).items()
