@@ -125,7 +125,7 @@ def main() -> None:
         scores = []
         for dim in options.dims:
             for width in options.widths[:1] if method in FROM_MODES else options.widths:
-                scores.append(score(method, dim, width, options.rows, options.seed))
+                scores.append(score(method, dim, width, options.rows, options.seed + len(scores)))
                 print(scores[-1].line(method, dim, width), flush=True)
         print(together(scores).line(f"**{method}**", "all", "all"), flush=True)
     print(f"\n{options.rows} observations a line, {time.perf_counter() - started:.0f} s.")

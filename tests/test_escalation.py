@@ -156,13 +156,13 @@ def test_more_particles_may_be_asked_for(float64):
 
 
 def test_escalated_estimates_are_unbiased(float64):
-    story, x = toy(latent_dim=4, widened=0.7, num_observations=400)
+    story, x = toy(latent_dim=4, widened=0.7, num_observations=250)
     ratios = np.exp(errors(log_evidence(story, x, num_particles=60), story, x))
     assert abs(ratios.mean() - 1) < 4 * ratios.std(ddof=1) / math.sqrt(len(ratios))
 
 
 def test_taking_the_larger_of_two_estimates_would_be_biased(float64):
-    story, x = toy(latent_dim=4, widened=1.8, num_observations=400)
+    story, x = toy(latent_dim=4, widened=1.8, num_observations=250)
     two = [log_evidence(story, x, method="importance", num_particles=60, seed=seed) for seed in (0, 1)]
     for ratios, biased in (
         (np.exp(errors(two[0], story, x)), False),

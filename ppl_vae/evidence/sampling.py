@@ -26,7 +26,7 @@ from ppl_vae.evidence.proposals import (
 )
 from ppl_vae.evidence.weights import NonFiniteWeightsError, Verdict, WeightSums
 
-PILOT_PARTICLES = 500
+PILOT_PARTICLES = 1000
 
 # The spread of a chain's log weight, in nats, below which the average of a few chains is good, and fair.
 GOOD_SPREAD, FAIR_SPREAD = 0.5, 1.0
