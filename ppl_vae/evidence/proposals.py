@@ -281,16 +281,21 @@ class MixtureDensity:
 # Methods: how a proposal is made for a block
 
 
-@dataclass(frozen=True)
-class Importance:
-    """The guide proposes (Burda, Grosse & Salakhutdinov 2016, https://arxiv.org/abs/1509.00519)."""
+class Unprepared:
+    """What methods share that learn nothing before they draw."""
 
-    name = "importance"
     default_particles = 1000
     cost_of_particle = 1
 
     def cost_of_preparing(self, dim: int) -> int:
         return 0
+
+
+@dataclass(frozen=True)
+class Importance(Unprepared):
+    """The guide proposes (Burda, Grosse & Salakhutdinov 2016, https://arxiv.org/abs/1509.00519)."""
+
+    name = "importance"
 
     def prepare(self, block: Block) -> Proposal:
         return FromGuide(block)
@@ -302,30 +307,20 @@ class Importance:
 
 
 @dataclass(frozen=True)
-class Prior:
+class Prior(Unprepared):
     """The prior proposes: naive Monte Carlo."""
 
     name = "prior"
-    default_particles = 1000
-    cost_of_particle = 1
-
-    def cost_of_preparing(self, dim: int) -> int:
-        return 0
 
     def prepare(self, block: Block) -> Proposal:
         return FromPrior(block)
 
 
 @dataclass(frozen=True)
-class Pyro:
+class Pyro(Unprepared):
     """``pyro.infer.Importance``, one observation at a time."""
 
     name = "pyro"
-    default_particles = 1000
-    cost_of_particle = 1
-
-    def cost_of_preparing(self, dim: int) -> int:
-        return 0
 
     def prepare(self, block: Block) -> Proposal:
         return FromPyro(block)
