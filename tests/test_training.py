@@ -107,7 +107,8 @@ def test_transform_is_applied_to_training_batches_and_not_to_validation():
         seen.append(len(x))
         return torch.bernoulli(x)
 
-    fit(small_vae(), images(40) * 0.5 + 0.25, validation=images(24), epochs=2, batch_size=16, transform=transform)
+    grey = images(40) * 0.5 + 0.25
+    fit(small_vae(), grey, validation=images(24), epochs=2, batch_size=16, transform=transform, engine="svi")
     assert seen[-6:] == [16, 16, 8, 16, 16, 8]
 
 
@@ -118,7 +119,7 @@ def test_dynamic_binarization_draws_every_batch_anew():
         batches.append(torch.bernoulli(x))
         return batches[-1]
 
-    fit(small_vae(), torch.full((16, 1, 6, 5), 0.5), epochs=2, batch_size=16, transform=transform)
+    fit(small_vae(), torch.full((16, 1, 6, 5), 0.5), epochs=2, batch_size=16, transform=transform, engine="svi")
     assert not torch.equal(batches[-1], batches[-2])
 
 
@@ -367,7 +368,7 @@ def test_the_result_does_not_depend_on_the_users_seed():
 
 
 def test_history_holds_a_row_per_epoch_and_the_engine():
-    history = fit(small_vae(), images(40), validation=images(), epochs=3, batch_size=16)
+    history = fit(small_vae(), images(40), validation=images(), epochs=3, batch_size=16, engine="svi")
     assert history.engine == "svi" and len(history) == 3
     assert history["epoch"].tolist() == [1, 2, 3] and history["step"].tolist() == [3, 6, 9]
     assert all(set(row) == set(history.rows[0]) for row in history)

@@ -1,30 +1,34 @@
 """fit: stochastic variational inference from the first epoch to the best weights."""
 
 import copy
+import logging
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Literal
 
 import pyro
 import torch
-from pyro.infer import ELBO, SVI, Trace_ELBO
-from pyro.nn import PyroModule
-from torch import Tensor, nn
+from pyro.infer import ELBO, Trace_ELBO
+from torch import Tensor
 from tqdm import tqdm
 
 from ppl_vae import checks, noise, traces
+from ppl_vae.capture import CaptureError
 from ppl_vae.checks import Transform
 from ppl_vae.noise import Purpose
 from ppl_vae.traces import Story
+from ppl_vae.training.captured import CapturedEngine
 from ppl_vae.training.history import History, Row
-from ppl_vae.training.steps import KLWarmup, Optimizer, WholeStoryOptimizer
+from ppl_vae.training.steps import Engine, KLWarmup, Optimizer, Tally, Task
+from ppl_vae.training.svi import SVIEngine
+
+log = logging.getLogger("ppl_vae")
 
 VALIDATION_ROWS = 1024
-SKIPPED_STEPS_ALLOWED = 10
 
 ADAM = partial(torch.optim.Adam, lr=1e-3, fused=True)
 
@@ -41,7 +45,9 @@ def fit(
     optimizer: Optimizer = ADAM,
     loss: ELBO | None = None,
     transform: Transform | None = None,
-    engine: Literal["auto", "svi"] = "auto",
+    engine: Literal["auto", "svi", "captured"] = "auto",
+    compile: bool | None = None,
+    mixed_precision: bool = False,
     kl_warmup: int = 0,
     schedule: Schedule | None = None,
     clip: float | None = None,
@@ -51,7 +57,7 @@ def fit(
     device: torch.device | str | None = None,
     progress: bool | None = None,
 ) -> History:
-    """Trains a story by stochastic variational inference (``pyro.infer.SVI``) and returns its history.
+    """Trains a story by stochastic variational inference and returns its history.
 
     Hoffman, Blei, Wang & Paisley 2013, https://arxiv.org/abs/1206.7055. The story and the data are checked first. With
     ``validation`` the story ends with the weights of its best epoch on those data, also when it is interrupted. The
@@ -67,7 +73,12 @@ def fit(
         loss: a Pyro ELBO; None is a new ``Trace_ELBO()``.
         transform: applied to each batch's first column on the device, for instance ``torch.bernoulli`` (dynamic
             binarization). Validation data are taken as they are.
-        engine: ``"svi"`` is ``pyro.infer.SVI``; ``"auto"`` chooses for you.
+        engine: ``"svi"`` is ``pyro.infer.SVI``, the reference. ``"captured"`` traces its step once and replays it,
+            which is faster and takes the same steps; Python in story and transform then runs only while tracing.
+            ``"auto"`` captures where that is possible, and logs why where it is not.
+        compile: compile the captured step by inductor, which needs a C++ compiler and some 10 to 25 seconds, and draws
+            other random numbers; None does so where the training is long enough to win.
+        mixed_precision: matrix products and convolutions in bfloat16, densities and loss in the story's dtype.
         kl_warmup: epochs over which the latent terms grow from 1/kl_warmup to their full weight. Patience counts
             after them.
         schedule: makes a torch learning rate scheduler of the optimizer, stepped after each epoch.
@@ -83,6 +94,7 @@ def fit(
 
     Raises:
         ValueError: when an argument, the story or the data are not what they should be, before the first step.
+        CaptureError: when ``engine="captured"`` was asked for and the story cannot be captured.
         FloatingPointError: when loss or gradient are not finite for ten batches in a row, or no validation ELBO is.
 
     >>> from ppl_vae import VAE, likelihoods, networks, posteriors, priors
@@ -96,7 +108,7 @@ def fit(
     ([1, 2, 3], True)
     """
     held_out = () if validation is None else (validation,) if isinstance(validation, Tensor) else tuple(validation)
-    _check_arguments(columns, held_out, epochs, batch_size, kl_warmup, clip, patience, engine)
+    _check_arguments(columns, held_out, epochs, batch_size, kl_warmup, clip, patience, engine, compile)
     if device is not None:
         story.to(device)
     checks.check(story, *columns, transform=transform)
@@ -108,9 +120,13 @@ def fit(
     torch_optimizer = optimizer([parameter for _, parameter in story.named_parameters() if parameter.requires_grad])
     torch_optimizer.zero_grad()
     scheduler = schedule(torch_optimizer) if schedule else None
-    whole_story, warmup = WholeStoryOptimizer(torch_optimizer, clip), KLWarmup()
-    svi = SVI(*_programs(story, warmup), whole_story, Trace_ELBO() if loss is None else copy.copy(loss))
-    history = History(engine="svi")
+    elbo, warmup = Trace_ELBO() if loss is None else copy.copy(loss), KLWarmup()
+    dtype = torch.bfloat16 if mixed_precision else None
+    task = Task(
+        story, columns, batch_size, elbo, torch_optimizer, clip, transform, warmup, bool(kl_warmup), dtype, seed
+    )
+    engines = _Engines(task, engine, compile, epochs * math.ceil(len(columns[0]) / batch_size))
+    history, tally = History(engine=engines.current.name), None
     best = _Best(story, patience, kl_warmup)
 
     bar = tqdm(total=epochs, desc="training", unit="epoch", disable=None if progress is None else not progress)
@@ -119,13 +135,15 @@ def fit(
             started = time.perf_counter()
             warmup.factor = min(1.0, epoch / kl_warmup) if kl_warmup else 1.0
             row: Row = {"epoch": epoch, "step": epoch * math.ceil(len(columns[0]) / batch_size)}
-            row |= _train_epoch(story, svi, whole_story, columns, batch_size, transform, seed, epoch)
+            tally = Tally(task, epoch, tally.skipped_in_a_row if tally else 0)
+            history.engine = engines.take_epoch(tally)
+            row |= tally.row
             row |= {"kl_factor": warmup.factor, "learning_rate": torch_optimizer.param_groups[0]["lr"]}
             if scheduler is not None:
                 scheduler.step()
             if held_out:
                 warmup.factor = 1.0
-                row["validation_elbo"] = _validate(story, svi, held_out, seed)
+                row["validation_elbo"] = _validate(task, held_out)
             row["seconds"] = round(time.perf_counter() - started, 4)
             history.rows.append(row)
             stop = best.seen(row)
@@ -140,60 +158,42 @@ def fit(
     return history
 
 
-def _train_epoch(
-    story: Story,
-    svi: SVI,
-    optimizer: WholeStoryOptimizer,
-    columns: tuple[Tensor, ...],
-    batch_size: int,
-    transform: Transform | None,
-    seed: int,
-    epoch: int,
-) -> Row:
-    """Takes every batch of one epoch once; returns the mean objective and how many steps were not taken."""
-    total, taken, skipped = 0.0, 0, 0
-    order = noise.permutation(len(columns[0]), seed, epoch).to(columns[0].device)
-    for number, rows in enumerate(order.split(batch_size)):
-        noise.reseed(rows.device, seed, Purpose.TRAINING, epoch, number)
-        batch = tuple(column.index_select(0, rows) for column in columns)
-        if transform is not None:
-            batch = (transform(batch[0]), *batch[1:])
-        optimizer.num_observations = len(rows)
-        value = cast(float, svi.step(*batch))
-        if optimizer.skipped_in_a_row:
-            skipped += 1
-            if optimizer.skipped_in_a_row == SKIPPED_STEPS_ALLOWED:
-                raise FloatingPointError(_explain_non_finite(story, batch, seed, epoch, number))
-        else:
-            total, taken = total - value, taken + len(rows)
-    return {"train_elbo": total / taken if taken else math.nan, "skipped_steps": skipped}
+class _Engines:
+    """The engine that was asked for; with "auto" the captured one for as long as it works, then SVI."""
+
+    def __init__(
+        self, task: Task, wanted: Literal["auto", "svi", "captured"], compiled: bool | None, total_steps: int
+    ) -> None:
+        self.task = task
+        self.may_change = wanted == "auto"
+        self.current: Engine = SVIEngine(task) if wanted == "svi" else CapturedEngine(task, total_steps, compiled)
+
+    def take_epoch(self, tally: Tally) -> str:
+        """Takes every batch of the tally's epoch; returns the name of the engine that did.
+
+        Raises:
+            CaptureError: when the captured engine was asked for by name and the story cannot be captured.
+        """
+        try:
+            self.current.epoch(tally)
+        except CaptureError as error:
+            if not self.may_change:
+                raise CaptureError(f"The story cannot be captured: {error}. Use engine='svi'.") from error
+            log.info("training by svi, because the story cannot be captured: %s", error)
+            self.current = SVIEngine(self.task)
+            self.current.epoch(tally)
+        return self.current.name
 
 
-def _validate(story: Story, svi: SVI, held_out: tuple[Tensor, ...], seed: int) -> float:
+def _validate(task: Task, held_out: tuple[Tensor, ...]) -> float:
     """The objective on held-out data at factor 1 in eval mode, with the same noise every time."""
     total = 0.0
-    with traces.evaluating(story):
+    with traces.evaluating(task.story):
         for start in range(0, len(held_out[0]), VALIDATION_ROWS):
-            noise.reseed(held_out[0].device, seed, Purpose.VALIDATION, start)
+            noise.reseed(task.device, task.seed, Purpose.VALIDATION, start)
             rows = (column[start : start + VALIDATION_ROWS] for column in held_out)
-            total -= cast(float, svi.evaluate_loss(*rows))
+            total -= float(task.loss.loss(*task.programs(), *rows))
     return total / len(held_out[0])
-
-
-def _programs(story: Story, warmup: KLWarmup) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The story's model and guide as SVI wants them: warmed up, and with their parameters in the store."""
-    model, guide = warmup(story.model), warmup(story.guide)
-    if isinstance(story, PyroModule):
-        return model, guide
-
-    def registered(program: Callable[..., Any]) -> Callable[..., Any]:
-        def with_parameters(*columns: Tensor) -> Any:
-            pyro.module("story", cast(nn.Module, story))
-            return program(*columns)
-
-        return with_parameters
-
-    return registered(model), registered(guide)
 
 
 @contextmanager
@@ -241,27 +241,6 @@ class _Best:
             self.story.load_state_dict(self.weights)
 
 
-def _explain_non_finite(story: Story, batch: tuple[Tensor, ...], seed: int, epoch: int, number: int) -> str:
-    """Names the first site of a batch whose log probability is not finite."""
-    noise.reseed(batch[0].device, seed, Purpose.TRAINING, epoch, number)
-    with torch.no_grad():
-        model_trace, guide_trace = traces.run(story, *batch)
-    where = "none: only the gradient overflows; try a smaller learning rate, or clip"
-    for trace, part in ((guide_trace, "guide"), (model_trace, "model")):
-        trace.compute_log_prob()
-        for name, site in traces.sample_sites(trace).items():
-            if not bool(torch.isfinite(site["log_prob"]).all()):
-                where = f"site {name!r} of the {part}"
-                break
-        else:
-            continue
-        break
-    return (
-        f"The loss or its gradient was not finite for {SKIPPED_STEPS_ALLOWED} batches in a row (epoch {epoch}, batch "
-        f"{number}, seed {seed}); none of these steps was taken. First site that is not finite: {where}."
-    )
-
-
 def _check_arguments(
     columns: tuple[Tensor, ...],
     held_out: tuple[Tensor, ...],
@@ -271,6 +250,7 @@ def _check_arguments(
     clip: float | None,
     patience: int | None,
     engine: str,
+    compile: bool | None,
 ) -> None:
     for name, value, least in (("epochs", epochs, 1), ("batch_size", batch_size, 1), ("kl_warmup", kl_warmup, 0)):
         if value < least:
@@ -285,7 +265,9 @@ def _check_arguments(
         raise ValueError(
             f"validation must have the {len(columns)} columns of the training data; found {len(held_out)}."
         )
-    if engine not in ("auto", "svi"):
-        raise ValueError(f"Unknown engine {engine!r}; choose 'auto' or 'svi'.")
+    if engine not in ("auto", "svi", "captured"):
+        raise ValueError(f"Unknown engine {engine!r}; choose 'auto', 'svi' or 'captured'.")
+    if engine == "svi" and compile:
+        raise ValueError("Only a captured step can be compiled; use engine='auto' or 'captured'.")
     if columns and isinstance(columns[0], Tensor) and columns[0].dim() and len(columns[0]) == 1:
         raise ValueError("Training needs at least two observations; found one.")

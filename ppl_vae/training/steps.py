@@ -1,12 +1,23 @@
-"""One step of training: how Pyro's SVI meets one torch optimizer, and how the latent terms are warmed up."""
+"""One step of training: what is learned from which data, and what happens to a gradient before it moves anything."""
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
 
+import pyro
 import torch
-from pyro.optim import PyroOptim
+from pyro.infer import ELBO
+from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
-from torch import nn
+from torch import Tensor, nn
+
+from ppl_vae import noise, traces
+from ppl_vae.checks import Transform
+from ppl_vae.noise import Purpose
+from ppl_vae.precision import matrix_products_in
+from ppl_vae.traces import Columns, Story
+
+SKIPPED_STEPS_ALLOWED = 10
 
 Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -19,42 +30,146 @@ class KLWarmup(Messenger):
 
     def __init__(self) -> None:
         super().__init__()
-        self.factor = 1.0
+        self.factor: float | Tensor = 1.0
 
     def _pyro_sample(self, msg: Any) -> None:
         if not msg["is_observed"]:
             msg["scale"] = msg["scale"] * self.factor
 
 
-class WholeStoryOptimizer(PyroOptim):
-    """One torch optimizer over all parameters, where Pyro would keep one for each; SVI accepts it as its own.
+@dataclass(frozen=True)
+class Task:
+    """What an engine does for an epoch: which story learns from which batches, by which loss and optimizer.
 
-    The gradient is that of the mean loss per observation, so that clipping does not depend on the batch size. A
-    gradient that is not finite moves nothing.
-
-    Args:
-        optimizer: a torch optimizer over the story's parameters.
-        clip: largest norm of the gradient; None does not clip.
+    Attributes:
+        warms_up: whether the factor of ``warmup`` ever differs from 1.
+        precision: dtype of matrix products; None is the story's.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, clip: float | None) -> None:
-        super().__init__(type(optimizer), {})
-        self.optimizer = optimizer
-        self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self.clip = clip
-        self.num_observations = 1
-        self.skipped_in_a_row = 0
+    story: Story
+    columns: Columns
+    batch_size: int
+    loss: ELBO
+    optimizer: torch.optim.Optimizer
+    clip: float | None
+    transform: Transform | None
+    warmup: KLWarmup
+    warms_up: bool
+    precision: torch.dtype | None
+    seed: int
 
-    def __call__(self, params: object, *args: object, **kwargs: object) -> None:
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        for gradient in gradients:
-            gradient /= self.num_observations
-        norm = nn.utils.get_total_norm(gradients)
-        if bool(norm.isfinite()):
-            if self.clip is not None:
-                nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
-            self.optimizer.step()
+    @property
+    def device(self) -> torch.device:
+        """Where everything is."""
+        return self.columns[0].device
+
+    def batches(self, epoch: int) -> Sequence[Tensor]:
+        """The row numbers of each batch of an epoch, in its own random order."""
+        order = noise.permutation(len(self.columns[0]), self.seed, epoch).to(self.device)
+        return order.split(self.batch_size)
+
+    def reseed(self, epoch: int, number: int) -> None:
+        """Starts the noise of a batch."""
+        noise.reseed(self.device, self.seed, Purpose.TRAINING, epoch, number)
+
+    def batch(self, columns: Columns, rows: Tensor) -> Columns:
+        """These rows, the first column transformed."""
+        batch = tuple(column.index_select(0, rows) for column in columns)
+        return batch if self.transform is None else (self.transform(batch[0]), *batch[1:])
+
+    def programs(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """The story's model and guide as ``SVI`` wants them: warmed up, and with their parameters in the store."""
+        model, guide = self.warmup(self.story.model), self.warmup(self.story.guide)
+        return (model, guide) if isinstance(self.story, PyroModule) else (self._register(model), self._register(guide))
+
+    def _register(self, program: Callable[..., Any]) -> Callable[..., Any]:
+        def with_parameters(*columns: Tensor) -> Any:
+            pyro.module("story", cast(nn.Module, self.story))
+            return program(*columns)
+
+        return with_parameters
+
+    def loss_and_grads(self, *batch: Tensor) -> Any:
+        """Pyro's loss of a batch; its gradient is added to the parameters'."""
+        with matrix_products_in(self.precision):
+            return self.loss.loss_and_grads(*self.programs(), *batch)
+
+    def explain_non_finite(self, epoch: int, number: int) -> str:
+        """Names the first site of a batch whose log probability is not finite."""
+        self.reseed(epoch, number)
+        with torch.no_grad():
+            model_trace, guide_trace = traces.run(self.story, *self.batch(self.columns, self.batches(epoch)[number]))
+        where = "none: only the gradient overflows; try a smaller learning rate, or clip"
+        for trace, part in ((model_trace, "model"), (guide_trace, "guide")):
+            trace.compute_log_prob()
+            for name, site in reversed(traces.sample_sites(trace).items()):
+                if not bool(torch.isfinite(site["log_prob"]).all()):
+                    where = f"site {name!r} of the {part}"
+        return (
+            f"The loss or its gradient was not finite for {SKIPPED_STEPS_ALLOWED} batches in a row (epoch {epoch}, "
+            f"batch {number}, seed {self.seed}); none of these steps was taken. First site that is not finite: {where}."
+        )
+
+
+def average_and_clip(parameters: Iterable[Tensor], num_observations: int, clip: float | None) -> Tensor:
+    """Makes gradients those of the mean loss per observation, no longer than ``clip``; returns their norm before that.
+
+    Averaged first, so that clipping does not depend on the batch size.
+    """
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    for parameter in parameters:
+        parameter.grad.div_(num_observations)  # pyright: ignore[reportOptionalMemberAccess]
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if clip is not None:
+        nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+    return norm
+
+
+class Tally:
+    """Adds up what the steps of an epoch report, and gives up after ten in a row that could not be taken.
+
+    Attributes:
+        number: of the next batch.
+    """
+
+    def __init__(self, task: Task, epoch: int, skipped_in_a_row: int = 0) -> None:
+        self.task = task
+        self.epoch = epoch
+        self.number = 0
+        self.total = 0.0
+        self.observations = 0
+        self.skipped = 0
+        self.skipped_in_a_row = skipped_in_a_row
+
+    def add(self, loss: float, was_taken: bool, num_observations: int) -> None:
+        """The next step: its summed loss, and whether the gradient was finite and it was taken.
+
+        Raises:
+            FloatingPointError: after ten steps in a row that were not.
+        """
+        self.number += 1
+        if was_taken:
+            self.total, self.observations = self.total - loss, self.observations + num_observations
             self.skipped_in_a_row = 0
-        else:
-            self.skipped_in_a_row += 1
-        self.optimizer.zero_grad()
+            return
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row == SKIPPED_STEPS_ALLOWED:
+            raise FloatingPointError(self.task.explain_non_finite(self.epoch, self.number - 1))
+
+    @property
+    def row(self) -> dict[str, float | int | str]:
+        """The columns of the history that an engine fills."""
+        mean = self.total / self.observations if self.observations else float("nan")
+        return {"train_elbo": mean, "skipped_steps": self.skipped}
+
+
+class Engine(Protocol):
+    """Takes the steps of an epoch."""
+
+    @property
+    def name(self) -> str: ...
+
+    def epoch(self, tally: Tally) -> None:
+        """Takes every batch that the tally has not seen."""
+        ...

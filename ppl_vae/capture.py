@@ -1,0 +1,210 @@
+"""A program of tensors, traced once through Pyro and replayed without it.
+
+What is captured is what Pyro computed: the operations on tensors, forward and backward, as they were called. Python
+runs only while tracing, so its numbers and branches are frozen; whatever changes later must be a tensor handed in.
+"""
+
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import pyro.util
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.graph import CodeGen
+from torch.overrides import TorchFunctionMode
+
+aten = torch.ops.aten
+
+
+class CaptureError(RuntimeError):
+    """A program cannot be captured; the message says why, in words that end a sentence."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """Operations on tensors that were traced once.
+
+    Attributes:
+        graph: the operations.
+        constants: tensors that the traced function reached without being handed them.
+    """
+
+    graph: fx.GraphModule
+    constants: tuple[Tensor, ...]
+
+    def __call__(self, *tensors: Tensor) -> Any:
+        """Replays the operations on other tensors of the same shapes, dtypes and device; records no gradients."""
+        with torch.no_grad():
+            return self.graph.forward(*tensors)
+
+    def compiled(self, *tensors: Tensor) -> Callable[..., Any]:
+        """The same operations, fused and compiled by inductor; it draws other random numbers.
+
+        Raises:
+            CaptureError: when inductor cannot, for instance where there is no C++ compiler.
+        """
+        from torch import _inductor  # a second of imports, for those who compile
+
+        try:
+            # In C++ the calls between kernels cost less; on a GPU they are hidden anyway.
+            options = {"cpp_wrapper": tensors[0].device.type == "cpu"}
+            with torch.no_grad():
+                return _without_gradients(_inductor.compile(self.graph, list(tensors), options))
+        except Exception as error:  # the compiler's, the linker's, or inductor's own
+            raise CaptureError(f"it could not be compiled ({first_line(error)})") from error
+
+
+def capture(function: Callable[..., Any], *tensors: Tensor) -> Program:
+    """Traces ``function(*tensors)``, which returns a tuple of tensors, without computing anything.
+
+    Args:
+        function: may run Pyro programs and call ``backward``; it draws its random numbers from torch.
+        tensors: of the shapes, dtypes and device that the program will have.
+
+    Raises:
+        CaptureError: when Python needs to know a tensor's value, or an operation cannot be traced.
+
+    >>> double = capture(lambda x: (x + x,), torch.zeros(3))
+    >>> double(torch.arange(3.0))
+    (tensor([0., 2., 4.]),)
+    """
+    try:
+        with _pyro_keeps_tensors():
+            traced = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
+    except Exception as error:  # whatever a user's program raises when its tensors have no values
+        raise CaptureError(_reason(error)) from error
+    constants = tuple(
+        value for node in traced.graph.nodes if node.op == "get_attr" for value in [getattr(traced, node.target)]
+    )
+    traced.graph.set_codegen(CodeGen())
+    _simplify(traced.graph)
+    _call_directly(traced.graph)
+    traced.recompile()
+    return Program(traced, constants)
+
+
+def first_line(error: Exception) -> str:
+    """An error's type and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def _reason(error: Exception) -> str:
+    data_dependent = ("DataDependentOutputException", "GuardOnDataDependentSymNode", "DynamicOutputShapeException")
+    if type(error).__name__ in data_dependent:
+        return f"Python's control flow, or a shape, depends on the data ({first_line(error)})"
+    return first_line(error)
+
+
+def _without_gradients(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*tensors: Tensor) -> Any:
+        with torch.no_grad():
+            return compiled(*tensors)
+
+    return call
+
+
+# Tracing
+
+
+class _ItemsStayTensors(TorchFunctionMode):
+    """``tensor.item()`` is the tensor. Pyro's losses take numbers out of tensors only to add them up."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func is Tensor.item else func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _pyro_keeps_tensors() -> Iterator[None]:
+    """Inside, Pyro's losses return tensors, and do not look whether they are NaN."""
+    looks = pyro.util.torch_isnan
+    pyro.util.torch_isnan = cast(Any, lambda value: False)
+    try:
+        with _ItemsStayTensors():
+            yield
+    finally:
+        pyro.util.torch_isnan = looks
+
+
+# What a tracer writes down without need
+
+
+def _simplify(graph: fx.Graph) -> None:
+    """Leaves out what changes nothing and computes once what is written twice; the values stay the same, bit for bit.
+
+    Random numbers are drawn as before, also those that nobody uses.
+    """
+    computed: dict[Any, fx.Node] = {}
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        if _writes(node.target):
+            computed.clear()  # what was read before may read differently now
+        same = _same_as(node)
+        if same is None and _is_pure(node.target):
+            same = computed.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
+        if same is not None and same is not node:
+            node.replace_all_uses_with(same)
+            graph.erase_node(node)
+    for node in reversed(graph.nodes):
+        if node.op == "call_function" and not node.users and _is_pure(node.target):
+            graph.erase_node(node)
+
+
+def _same_as(node: fx.Node) -> fx.Node | None:
+    """An earlier node with the same value, where the operation does nothing."""
+    if not node.args or not isinstance(before := node.args[0], fx.Node):
+        return None
+    if node.target in (aten.alias.default, aten.detach.default):
+        return before
+    if node.target is aten.t.default and before.target is aten.t.default:
+        return cast(fx.Node, before.args[0])
+    if node.target in (aten.view.default, aten.expand.default, aten._unsafe_view.default):
+        return before if node.meta["val"].shape == before.meta["val"].shape else None
+    return None
+
+
+def _writes(target: Any) -> bool:
+    return isinstance(target, OpOverload) and target._schema.is_mutable
+
+
+def _is_pure(target: Any) -> bool:
+    """Whether an operation has a value and no effect: it writes nowhere and draws nothing.
+
+    What is fresh memory (``empty``) is kept apart as well, because it will be written to.
+    """
+    if target is operator.getitem:
+        return True
+    if not isinstance(target, OpOverload) or _writes(target):
+        return False
+    writes_later = target.overloadpacket in (aten.empty, aten.empty_like, aten.zeros, aten.clone, aten.lift_fresh_copy)
+    return not writes_later and torch.Tag.nondeterministic_seeded not in target.tags
+
+
+# fmt: off
+_FREQUENT = (
+    "add", "sub", "mul", "div", "neg", "exp", "log", "log1p", "expm1", "abs", "pow", "sigmoid", "tanh", "relu", "where",
+    "t", "mm", "addmm", "bmm", "view", "expand", "unsqueeze", "squeeze", "transpose", "permute", "cat", "select",
+    "index_select", "clamp", "sqrt", "rsqrt", "reciprocal", "square", "sign", "isfinite",
+)
+# fmt: on
+_SAME_BY_A_SHORTER_WAY: dict[Any, Callable[..., Any]] = {
+    getattr(aten, name): getattr(torch, name, None) or getattr(Tensor, name) for name in _FREQUENT
+}
+
+
+def _call_directly(graph: fx.Graph) -> None:
+    """Python's own bindings of frequent operations cost half as much per call as the overloads they stand for."""
+    for node in graph.nodes:
+        if isinstance(node.target, OpOverload):
+            node.target = _SAME_BY_A_SHORTER_WAY.get(node.target.overloadpacket, node.target)
+
+
+def clones(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies that share nothing with the originals."""
+    return [tensor.detach().clone() for tensor in tensors]

@@ -1,0 +1,417 @@
+"""The captured engine: a training step is traced once through Pyro, then replayed for every batch.
+
+A step gathers the batch, transforms it, runs Pyro's loss and its gradient, averages and clips, and moves parameters.
+Compiled, several steps are one call; on CUDA a step is one launch of a CUDA graph.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, cast
+
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ppl_vae import traces
+from ppl_vae.capture import CaptureError, Program, capture, clones
+from ppl_vae.traces import Story
+from ppl_vae.training.optimizers import frozen_numbers, is_fused, tensors_in, traced_step
+from ppl_vae.training.steps import Tally, Task, average_and_clip
+
+log = logging.getLogger("ppl_vae")
+
+Step = Callable[..., tuple[Tensor, ...]]  # (*state, *columns, factor, *rates, rows) -> loss, norm of the gradient
+
+STEPS_PER_CALL = 4
+STEPS_UNTIL_READ = 50  # on CUDA, where reading a number waits for the device
+LARGEST_DIFFERENCE = 1e-3
+
+# What compilation costs and saves on two cores, rounded to its disadvantage (docs/performance.md).
+SECONDS_TO_COMPILE = 30.0
+SECONDS_SAVED_PER_STEP = 4e-4
+SHARE_OF_ARITHMETIC_SAVED = 0.1
+FLOPS_PER_SECOND = 1e11
+
+
+class CapturedEngine:
+    """Replays the traced step.
+
+    Args:
+        task: what to do.
+        total_steps: of the whole training.
+        compiled: compile with inductor; None does where ``total_steps`` are enough to win, and not on CUDA.
+    """
+
+    def __init__(self, task: Task, total_steps: int, compiled: bool | None) -> None:
+        self.task = task
+        self.total_steps = total_steps
+        self.compiled = compiled
+        self.started = False
+        self.flops = 0
+        self.frozen: Any = None
+        self.steps: dict[int, Step] = {}
+        self.group: Step | None = None
+        self.on_cuda = task.device.type == "cuda"
+
+    @property
+    def name(self) -> str:
+        """The engine, and whether it compiled."""
+        return "captured, compiled" if self.group else "captured"
+
+    def epoch(self, tally: Tally) -> None:
+        """Takes every batch that the tally has not seen.
+
+        Raises:
+            CaptureError: saying why the step cannot be captured; the tally counts the batches that were taken.
+        """
+        batches = self.task.batches(tally.epoch)
+        while not self.started and tally.number < len(batches):
+            self._start(tally, batches[tally.number])
+        if not self.started:
+            return
+        if (frozen := _frozen(self.task)) != self.frozen:
+            self._capture(tally.epoch, batches)
+            self.frozen = frozen
+        inputs, unread = self._inputs(), _Unread(tally, STEPS_UNTIL_READ if self.on_cuda else 1)
+        whole = sum(len(rows) == self.task.batch_size for rows in batches)
+        number = tally.number
+        while number < len(batches):
+            self.task.reseed(tally.epoch, number)
+            if self.group and number + STEPS_PER_CALL <= whole:
+                rows = torch.stack(tuple(batches[number : number + STEPS_PER_CALL]))
+                losses, norms = self.group(*inputs, rows)
+                unread.add(losses, norms, rows.shape[1])
+                number += STEPS_PER_CALL
+            else:
+                rows = batches[number]
+                loss, norm = self.steps[len(rows)](*inputs, rows)
+                unread.add(loss.reshape(1), norm.reshape(1), len(rows))
+                number += 1
+        unread.read()
+
+    def _start(self, tally: Tally, rows: Tensor) -> None:
+        """One eager step, for real: it makes the optimizer's state, and counts the arithmetic."""
+        if self.on_cuda:
+            for group in self.task.optimizer.param_groups:
+                group.update({"capturable": True} if "capturable" in group else {})
+        self.task.reseed(tally.epoch, tally.number)
+        with FlopCounterMode(display=False) as counter:
+            loss, self.started = eager_step(self.task, rows)
+        self.flops = counter.get_total_flops()
+        tally.add(loss, self.started, len(rows))
+
+    def _inputs(self) -> list[Tensor]:
+        """What every step of an epoch is handed, but for its rows."""
+        _, dtype = traces.device_and_dtype(self.task.story)
+        factor = torch.tensor(self.task.warmup.factor, dtype=dtype)
+        rates = [torch.tensor(float(group["lr"]), dtype=torch.float64) for group in self.task.optimizer.param_groups]
+        numbers = [number.to(self.task.device) for number in (factor, *rates)]
+        return [*state_of(self.task), *self.task.columns, *numbers]
+
+    def _capture(self, epoch: int, batches: Sequence[Tensor]) -> None:
+        """Traces a step of each batch size, and compares its first replay with an eager step."""
+        self.steps, self.group = {}, None
+        for number in {0, len(batches) - 1}:
+            rows = batches[number]
+            if len(rows) in self.steps:
+                continue
+            step = _captured(self.task, [*self._inputs(), rows])
+            self.task.reseed(epoch, number)
+            with _unchanged(self.task) as before:
+                loss, _ = step(*self._inputs(), rows)
+                replayed = [loss, *clones(state_of(self.task))]
+            self.task.reseed(epoch, number)
+            with _unchanged(self.task):
+                loss, _ = eager_step(self.task, rows)
+                _compare(replayed, [torch.tensor(loss), *state_of(self.task)], [torch.zeros(()), *before])
+            self.steps[len(rows)] = step
+        if self.on_cuda:
+            self.steps = {len(rows): self._graphed(rows) for rows in (batches[0], batches[-1])}
+        elif self.compiled or (self.compiled is None and self._pays()):
+            self.group = self._compiled(torch.stack([batches[0]] * STEPS_PER_CALL))
+
+    def _pays(self) -> bool:
+        """Whether compiling saves more time than it takes."""
+        seconds = SECONDS_SAVED_PER_STEP + SHARE_OF_ARITHMETIC_SAVED * self.flops / FLOPS_PER_SECOND
+        return self.total_steps * seconds > SECONDS_TO_COMPILE
+
+    def _compiled(self, rows: Tensor) -> Step | None:
+        """Several steps in one compiled call; None where that fails and was not asked for."""
+        function = StepFunction(self.task, "plain")
+
+        def several(*flat: Tensor) -> tuple[Tensor, Tensor]:
+            *inputs, rows = flat
+            losses, norms = zip(*(function(*inputs, batch) for batch in rows), strict=True)
+            return torch.stack(losses), torch.stack(norms)
+
+        inputs = [*self._inputs(), rows]
+        try:
+            compiled = capture(several, *inputs).compiled(*inputs)
+            with _unchanged(self.task):
+                compiled(*inputs)  # what is compiled late, is compiled now
+        except CaptureError as error:
+            if self.compiled:
+                raise
+            log.info("training is captured but not compiled: %s", error)
+            return None
+        return compiled
+
+    def _graphed(self, rows: Tensor) -> Step:
+        """A step as one CUDA graph."""
+        with _unchanged(self.task):
+            return _CudaGraph(self.steps[len(rows)], [*self._inputs(), rows], num_constant=len(state_of(self.task)))
+
+
+# A step
+
+
+def eager_step(task: Task, rows: Tensor) -> tuple[float, bool]:
+    """A step as Pyro and torch take it; returns the loss and whether the gradient was finite, so that it was taken."""
+    loss = task.loss_and_grads(*task.batch(task.columns, rows))
+    norm = average_and_clip(task.story.parameters(), len(rows), task.clip)
+    if taken := bool(norm.isfinite()):
+        task.optimizer.step()
+    task.optimizer.zero_grad()
+    return float(loss), taken
+
+
+def state_of(task: Task) -> list[Tensor]:
+    """Every tensor that a step reads and writes: parameters, buffers, and what the optimizer remembers."""
+    parameters = [parameter.detach() for _, parameter in task.story.named_parameters()]
+    buffers = [buffer for _, buffer in task.story.named_buffers()]
+    return [*parameters, *buffers, *tensors_in(task.optimizer)]
+
+
+class StepFunction:
+    """A training step as a function of tensors alone, for tracing: ``(*state, *columns, factor, *rates, rows)``.
+
+    Returns the loss and the norm of the gradient, both of shape ``()``. With the optimizer "outside" the averaged and
+    clipped gradients follow, and nothing has moved.
+
+    Attributes:
+        optimizer: "fused" or "plain" operations inside the step, or "outside" of it.
+        trained: parameters that have a gradient; known after a trace.
+    """
+
+    def __init__(self, task: Task, optimizer: Literal["fused", "plain", "outside"]) -> None:
+        self.task = task
+        self.optimizer = optimizer
+        self.trained: list[nn.Parameter] = []
+
+    def __call__(self, *flat: Tensor) -> tuple[Tensor, ...]:
+        story, groups = self.task.story, self.task.optimizer.param_groups
+        *flat, rows = flat
+        given = iter(flat)
+        parameters = {parameter: next(given) for _, parameter in story.named_parameters()}
+        leaves = {
+            name: parameters[parameter].detach().requires_grad_(parameter.requires_grad)
+            for name, parameter in story.named_parameters()
+        }
+        buffers = {name: next(given) for name, _ in story.named_buffers()}
+        remembered = [next(given) for _ in tensors_in(self.task.optimizer)]
+        columns = tuple(next(given) for _ in self.task.columns)
+        factor, rates = next(given), [next(given) for _ in groups]
+
+        loss = self._loss_and_grads(leaves, buffers, self.task.batch(columns, rows), factor)
+        norm = average_and_clip(leaves.values(), len(rows), self.task.clip)
+        self.trained = [p for p, leaf in zip(parameters, leaves.values(), strict=True) if leaf.grad is not None]
+        gradients = [leaf.grad for leaf in leaves.values() if leaf.grad is not None]
+        if self.optimizer == "outside":
+            return loss.detach(), norm, *gradients
+        for parameter, gradient in zip(self.trained, gradients, strict=True):
+            parameters[parameter].grad = gradient
+        traced_step(
+            self.task.optimizer, parameters, remembered, rates, norm.isfinite(), fused=self.optimizer == "fused"
+        )
+        return loss.detach(), norm
+
+    def _loss_and_grads(
+        self, leaves: dict[str, Tensor], buffers: dict[str, Tensor], batch: tuple[Tensor, ...], factor: Tensor
+    ) -> Tensor:
+        """Pyro's loss with other tensors in the place of the story's; their gradients are theirs."""
+        task, known = self.task, {id(leaf) for leaf in leaves.values()}
+        originals = dict(task.story.named_parameters()) | dict(task.story.named_buffers())
+        instead = {id(originals[name]): tensor for name, tensor in (leaves | buffers).items()}
+        tensors = {f"story.{name}": instead[id(tensor)] for name, tensor in _places(task.story)}
+        given, task.warmup.factor = task.warmup.factor, factor if task.warms_up else 1.0
+        try:
+            with traces.own_parameter_store(), poutine.trace(param_only=True) as touched:
+                loss = torch.func.functional_call(
+                    _Around(task.story), tensors, (task.loss_and_grads, *batch), tie_weights=False
+                )
+        finally:
+            task.warmup.factor = given
+        for name, site in touched.trace.nodes.items():
+            if site["type"] == "param" and id(_unconstrained(site["value"])) not in known:
+                raise CaptureError(f"the parameter {name!r} is not the story's own (a bare pyro.param)")
+        return torch.as_tensor(loss)
+
+
+def _places(story: Story) -> Iterator[tuple[str, Tensor]]:
+    """Where tensors are, each place once under one name. A tied tensor has several places; a shared module's are one.
+
+    (``functional_call`` itself puts the wrong tensors back into shared modules.)
+    """
+    for prefix, module in cast(nn.Module, story).named_modules():
+        for tensors in (module.named_parameters(recurse=False), module.named_buffers(recurse=False)):
+            for name, tensor in tensors:
+                yield (f"{prefix}.{name}" if prefix else name), tensor
+
+
+def _unconstrained(value: Any) -> Tensor:
+    """The tensor that is trained behind a parameter in Pyro's store."""
+    return value.unconstrained() if hasattr(value, "unconstrained") else value
+
+
+class _Around(nn.Module):
+    """Calls a function while ``functional_call`` has put other tensors in the place of the story's."""
+
+    def __init__(self, story: Any) -> None:
+        super().__init__()
+        self.story = story
+
+    def forward(self, function: Callable[..., Any], *arguments: Tensor) -> Any:
+        return function(*arguments)
+
+
+def _captured(task: Task, inputs: Sequence[Tensor]) -> Step:
+    """A replayable step; the optimizer is inside where a fused operation, or CUDA, allows it."""
+    for optimizer in _inside(task):
+        try:
+            return _trainable(task, capture(StepFunction(task, optimizer), *inputs))
+        except CaptureError as error:
+            log.debug("the optimizer stays outside the captured step: %s", error)
+    function = StepFunction(task, "outside")
+    program = _trainable(task, capture(function, *inputs))
+    return _with_eager_optimizer(program, function.trained, task.optimizer)
+
+
+def _inside(task: Task) -> Sequence[Literal["fused", "plain"]]:
+    if is_fused(task.optimizer):
+        return ("fused",)
+    return ("plain",) if task.device.type == "cuda" else ()
+
+
+def _trainable(task: Task, program: Program) -> Program:
+    """The program, if it reaches no parameter but the story's, which are handed in."""
+    if any(constant.requires_grad for constant in program.constants):
+        raise CaptureError("it trains a tensor that is no parameter of the story")
+    return program
+
+
+def _with_eager_optimizer(program: Program, trained: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> Step:
+    def step(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        loss, norm, *gradients = program(*tensors)
+        if bool(norm.isfinite()):
+            for parameter, gradient in zip(trained, gradients, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss, norm
+
+    return step
+
+
+# What is frozen, and whether the replay is right
+
+
+def _frozen(task: Task) -> Any:
+    """What a trace freezes and a user may change between epochs: a trace belongs to one value of it."""
+    numbers = [
+        (name, module.training, {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str)})
+        for name, module in cast(nn.Module, task.story).named_modules()
+    ]
+    trained = [(name, parameter.requires_grad) for name, parameter in task.story.named_parameters()]
+    return numbers, trained, frozen_numbers(task.optimizer)
+
+
+@contextmanager
+def _unchanged(task: Task) -> Iterator[list[Tensor]]:
+    """Inside, steps may be tried out; afterwards story and optimizer are as they were. Gives the state before."""
+    before = clones(state_of(task))
+    numbers = {
+        parameter: {name: value for name, value in state.items() if not isinstance(value, Tensor)}
+        for parameter, state in task.optimizer.state.items()
+    }
+    try:
+        yield before
+    finally:
+        for tensor, value in zip(state_of(task), before, strict=True):
+            tensor.copy_(value)
+        for parameter, state in numbers.items():
+            task.optimizer.state[parameter].update(state)
+
+
+def _compare(replayed: Sequence[Tensor], eager: Sequence[Tensor], before: Sequence[Tensor]) -> None:
+    """Raises CaptureError when a replay did not do what an eager step with the same noise does.
+
+    Differences are measured in units of the change: rounding may turn the sign of an entry that is zero but for it.
+    """
+    for number, tensors in enumerate(zip(replayed, eager, before, strict=True)):
+        ours, theirs, start = (tensor.detach().double().cpu() for tensor in tensors)
+        if not theirs.isfinite().all() and not ours.isfinite().all():
+            continue
+        if not (ours - theirs).norm() <= LARGEST_DIFFERENCE * (theirs - start).norm():
+            where = f"a tensor of shape {tuple(theirs.shape)}" if number else f"the loss, {ours:g} for {theirs:g}"
+            raise CaptureError(
+                f"its first replay differs from an eager step with the same seed in {where}; does it draw random "
+                "numbers outside torch, or count its calls?"
+            )
+
+
+class _Unread:
+    """Results of steps that were taken and not looked at yet, because looking waits for the device."""
+
+    def __init__(self, tally: Tally, at_once: int) -> None:
+        self.tally = tally
+        self.at_once = at_once
+        self.losses: list[Tensor] = []
+        self.norms: list[Tensor] = []
+        self.sizes: list[int] = []
+
+    def add(self, losses: Tensor, norms: Tensor, num_observations: int) -> None:
+        """Steps with batches of one size; losses and norms have shape (steps,)."""
+        self.losses.append(losses)
+        self.norms.append(norms)
+        self.sizes += [num_observations] * len(losses)
+        if len(self.sizes) >= self.at_once:
+            self.read()
+
+    def read(self) -> None:
+        """Hands everything to the tally."""
+        if self.sizes:
+            losses, finite = torch.cat(self.losses).tolist(), torch.cat(self.norms).isfinite().tolist()
+            sizes, self.losses, self.norms, self.sizes = self.sizes, [], [], []
+            for loss, was_taken, size in zip(losses, finite, sizes, strict=True):
+                self.tally.add(loss, was_taken, size)
+
+
+class _CudaGraph:
+    """A step recorded as one CUDA graph; what it writes, it writes in place.
+
+    Args:
+        step: what to record.
+        tensors: what it is called with; the first ``num_constant`` stay where they are, the others are copied in.
+    """
+
+    def __init__(self, step: Step, tensors: Sequence[Tensor], num_constant: int) -> None:
+        self.num_constant = num_constant
+        self.tensors = [*tensors[:num_constant], *clones(tensors[num_constant:])]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):  # libraries allocate their work space before recording
+                step(*self.tensors)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.results = step(*self.tensors)
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        for place, tensor in zip(self.tensors[self.num_constant :], tensors[self.num_constant :], strict=True):
+            place.copy_(tensor, non_blocking=True)
+        self.graph.replay()
+        loss, norm = self.results
+        return loss.clone(), norm.clone()

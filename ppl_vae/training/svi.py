@@ -1,0 +1,53 @@
+"""The reference engine: pyro.infer.SVI, one step after another."""
+
+from typing import cast
+
+import torch
+from pyro.infer import SVI
+from pyro.optim import PyroOptim
+
+from ppl_vae.precision import matrix_products_in
+from ppl_vae.training.steps import Tally, Task, average_and_clip
+
+
+class WholeStoryOptimizer(PyroOptim):
+    """One torch optimizer over all parameters, where Pyro would keep one for each; SVI accepts it as its own.
+
+    A gradient that is not finite moves nothing.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, clip: float | None) -> None:
+        super().__init__(type(optimizer), {})
+        self.optimizer = optimizer
+        self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.clip = clip
+        self.num_observations = 1
+        self.moved = True
+
+    def __call__(self, params: object, *args: object, **kwargs: object) -> None:
+        norm = average_and_clip(self.parameters, self.num_observations, self.clip)
+        self.moved = bool(norm.isfinite())
+        if self.moved:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+class SVIEngine:
+    """Runs model and guide for every step, as they are."""
+
+    name = "svi"
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.optimizer = WholeStoryOptimizer(task.optimizer, task.clip)
+        self.svi = SVI(*task.programs(), self.optimizer, task.loss)
+
+    def epoch(self, tally: Tally) -> None:
+        """Takes every batch that the tally has not seen."""
+        for rows in self.task.batches(tally.epoch)[tally.number :]:
+            self.task.reseed(tally.epoch, tally.number)
+            batch = self.task.batch(self.task.columns, rows)
+            self.optimizer.num_observations = len(rows)
+            with matrix_products_in(self.task.precision):
+                loss = cast(float, self.svi.step(*batch))
+            tally.add(loss, self.optimizer.moved, len(rows))
