@@ -17,6 +17,7 @@ from torch._ops import OpOverload
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import CodeGen
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
 
@@ -113,10 +114,10 @@ def _without_gradients(compiled: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _ItemsStayTensors(TorchFunctionMode):
-    """``tensor.item()`` is the tensor. Pyro's losses take numbers out of tensors only to add them up."""
+    """``tensor.item()`` is a tensor with the value. Pyro's losses take numbers out only to add them up."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return args[0] if func is Tensor.item else func(*args, **(kwargs or {}))
+        return args[0].detach().clone() if func is Tensor.item else func(*args, **(kwargs or {}))
 
 
 @contextmanager
@@ -140,13 +141,16 @@ def _simplify(graph: fx.Graph) -> None:
     Random numbers are drawn as before, also those that nobody uses.
     """
     computed: dict[Any, fx.Node] = {}
+    written = {
+        place for node in graph.nodes if _writes(node.target) for given in _written(node) for place in _memory(given)
+    }
     for node in graph.nodes:
         if node.op != "call_function":
             continue
         if _writes(node.target):
             computed.clear()  # what was read before may read differently now
         same = _same_as(node)
-        if same is None and _is_pure(node.target):
+        if same is None and _is_pure(node.target) and not _fresh_memory(node) & written:
             same = computed.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
         if same is not None and same is not node:
             node.replace_all_uses_with(same)
@@ -174,16 +178,30 @@ def _writes(target: Any) -> bool:
 
 
 def _is_pure(target: Any) -> bool:
-    """Whether an operation has a value and no effect: it writes nowhere and draws nothing.
-
-    What is fresh memory (``empty``) is kept apart as well, because it will be written to.
-    """
+    """Whether an operation has a value and no effect: it writes nowhere and draws nothing."""
     if target is operator.getitem:
         return True
     if not isinstance(target, OpOverload) or _writes(target):
         return False
-    writes_later = target.overloadpacket in (aten.empty, aten.empty_like, aten.zeros, aten.clone, aten.lift_fresh_copy)
-    return not writes_later and torch.Tag.nondeterministic_seeded not in target.tags
+    return torch.Tag.nondeterministic_seeded not in target.tags
+
+
+def _written(node: fx.Node) -> Iterator[Any]:
+    """The arguments that an operation writes to."""
+    for position, argument in enumerate(node.target._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            yield node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+
+
+def _memory(nodes: Any) -> set[int]:
+    """Where the values of nodes are stored."""
+    values = [node.meta.get("val") for node in tree_leaves(nodes) if isinstance(node, fx.Node)]
+    return {value.untyped_storage()._cdata for value in tree_leaves(values) if isinstance(value, Tensor)}
+
+
+def _fresh_memory(node: fx.Node) -> set[int]:
+    """Memory that an operation makes, where it is no view: written to later, it must not be another's as well."""
+    return _memory(node) - _memory(node.all_input_nodes)
 
 
 # fmt: off

@@ -213,8 +213,8 @@ def test_a_story_that_never_fits_is_a_memory_error(float64, monkeypatch):
     whole = linear_gaussian(num_features=6, latent_dim=3, widened=1.3)
     story, x = with_little_memory(whole, math.inf), whole.model(num_observations=4).detach()
 
-    def then_full(*arguments):
-        joint = joint_of(*arguments)
+    def then_full(*arguments, **named):
+        joint = joint_of(*arguments, **named)
         story.decoder.loc.rows = 0
         return joint
 
@@ -246,7 +246,7 @@ def test_estimates_do_not_depend_on_the_rows_at_once(float64, monkeypatch):
     story = linear_gaussian(num_features=6, latent_dim=3, widened=1.3)
     x = story.model(num_observations=6).detach()
     whole = log_evidence(story, x, method="mixture")
-    monkeypatch.setattr(estimators, "joint_of", lambda *arguments: _in_chunks(joint_of(*arguments), 131))
+    monkeypatch.setattr(estimators, "joint_of", lambda *a, **named: _in_chunks(joint_of(*a, **named), 131))
     parts = log_evidence(story, x, method="mixture")
     np.testing.assert_allclose(whole["estimate"], parts["estimate"], rtol=1e-12)
     error = abs(parts["estimate"].values - closed_form_log_evidence(story, x).numpy())

@@ -201,8 +201,7 @@ class Annealing:
 
     def state(self, u: Tensor) -> State:
         """The densities and gradients at points of shape (C, N, K)."""
-        rows = traces.as_rows(self.block.columns, len(u))
-        values = self.block.joint.with_gradients(rows, u.flatten(0, 1))
+        values = self.block.joint.with_gradients(self.block.columns, u.flatten(0, 1))
         log_prior, log_joint, prior_slope, joint_slope = (v.reshape(*u.shape[:2], *v.shape[1:]) for v in values)
         if isinstance(self.density, PriorDensity):
             return State(u, log_prior, log_joint, prior_slope, joint_slope)

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 
 from ppl_vae import noise, traces
+from ppl_vae.evidence.replays import Replays
+from ppl_vae.precision import matrix_products_in
 from ppl_vae.traces import Columns, Layout, Site, Story, sample_sites
 
 PRIOR_DRAWS = 1000
@@ -248,6 +250,7 @@ class Joint:
         marked: discrete sites that the model sums out (marked ``infer={"enumerate": "parallel"}``).
         discrete: all discrete sites of the model.
         discrete_in_guide: all discrete sites of the guide.
+        model_dtype: of the model's matrix products; None is the story's.
     """
 
     story: Story
@@ -257,6 +260,8 @@ class Joint:
     discrete_in_guide: Assignments | None
     chunks: Chunks
     layout: Layout
+    replays: Replays
+    model_dtype: torch.dtype | None = None
     why_no_space: str = ""
 
     @property
@@ -264,37 +269,45 @@ class Joint:
         """The number of continuous coordinates; 0 where all latents are discrete."""
         return self.space.dim if self.space else 0
 
-    def log_prob_of_latents(self, rows: Columns, latents: dict[str, Tensor]) -> Tensor:
-        """log p(x, latents) with latents of the guide in their own space and marked sites summed out, shape (R,)."""
-        names = list(latents)
+    def log_prob_of_latents(self, columns: Columns, latents: dict[str, Tensor], num_particles: int) -> Tensor:
+        """log p(x, latents) with latents of the guide in their own space and marked sites summed out, shape (S * N,).
 
-        def density(*tensors: Tensor) -> tuple[Tensor]:
-            values = dict(zip(names, tensors[len(rows) :], strict=True))
-            return (log_densities(self.story.model, tensors[: len(rows)], values, self.marked)[1],)
+        Here and below columns have N rows and latents S * N, particle by particle.
+        """
+        names = tuple(latents)
 
-        return self.chunks.map(density, *rows, *latents.values())[0]
+        def density(rows: Columns, *tensors: Tensor) -> tuple[Tensor]:
+            values = dict(zip(names, tensors, strict=True))
+            return (log_densities(self.model, rows, values, self.marked)[1],)
 
-    def log_prob(self, rows: Columns, u: Tensor) -> tuple[Tensor, Tensor]:
-        """log p(u) and log p(x, u) at points of shape (R, K), all discrete latents summed out; shapes (R,)."""
-        log_prior, log_joint = self.chunks.map(lambda u, *rows: self._densities(rows, u), u, *rows)
+        name = ("log p(x, z)", names, num_particles)
+        return self._map(name, density, columns, *latents.values(), num_particles=num_particles)[0]
+
+    def log_prob(self, columns: Columns, u: Tensor) -> tuple[Tensor, Tensor]:
+        """log p(u) and log p(x, u) at points of shape (S * N, K), all discrete latents summed out; shapes (S * N,)."""
+        num_particles = len(u) // len(columns[0])
+        log_prior, log_joint = self._map("log p(x, u)", self._densities, columns, u, num_particles=num_particles)
         return log_prior, log_joint
 
-    def with_gradients(self, rows: Columns, u: Tensor) -> tuple[Tensor, ...]:
-        """log p(u), log p(x, u), and their gradients at points of shape (R, K); the gradients have its shape."""
+    def with_gradients(self, columns: Columns, u: Tensor) -> tuple[Tensor, ...]:
+        """log p(u), log p(x, u), and their gradients at points of shape (S * N, K); the gradients have its shape."""
 
-        def densities_and_gradients(u: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
+        def densities_and_gradients(rows: Columns, u: Tensor) -> tuple[Tensor, ...]:
             with torch.enable_grad():
                 u = u.detach().requires_grad_()
                 log_ps = self._densities(rows, u)
                 slopes = [torch.autograd.grad(log_p.sum(), u, retain_graph=True)[0] for log_p in log_ps]
             return (*(log_p.detach() for log_p in log_ps), *slopes)
 
-        return self.chunks.map(densities_and_gradients, u, *rows)
+        num_particles = len(u) // len(columns[0])
+        return self._map(
+            "the gradient of log p(x, u)", densities_and_gradients, columns, u, num_particles=num_particles
+        )
 
-    def with_hessian(self, rows: Columns, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """log p(x, u), its gradient and its Hessian, shapes (R,), (R, K) and (R, K, K)."""
+    def with_hessian(self, columns: Columns, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """log p(x, u), its gradient and its Hessian, shapes (S * N,), (S * N, K) and (S * N, K, K)."""
 
-        def derivatives(u: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
+        def derivatives(rows: Columns, u: Tensor) -> tuple[Tensor, ...]:
             with torch.enable_grad():
                 u = u.detach().requires_grad_()
                 log_p = self._densities(rows, u)[1]
@@ -302,12 +315,48 @@ class Joint:
                 hessian = torch.stack([_gradient(part, u) for part in slope.sum(0)], dim=1)
             return log_p.detach(), slope.detach(), hessian
 
-        log_p, slope, hessian = self.chunks.map(derivatives, u, *rows)
+        log_p, slope, hessian = self._in_chunks(derivatives, traces.as_rows(columns, len(u) // len(columns[0])), u)
         return log_p, slope, hessian
+
+    def _map(
+        self,
+        name: Any,
+        function: Callable[..., tuple[Tensor, ...]],
+        columns: Columns,
+        *tensors: Tensor,
+        num_particles: int,
+    ) -> tuple[Tensor, ...]:
+        """``function(rows, *tensors)`` of columns repeated for every particle; captured once it was called often."""
+
+        def repeated(*flat: Tensor) -> tuple[Tensor, ...]:
+            return function(traces.as_rows(flat[: len(columns)], num_particles), *flat[len(columns) :])
+
+        if num_particles * len(columns[0]) <= self.chunks.rows:
+            try:
+                return self.replays.call(name, repeated, *columns, *tensors)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+        return self._in_chunks(function, traces.as_rows(columns, num_particles), *tensors)
+
+    def _in_chunks(
+        self, function: Callable[..., tuple[Tensor, ...]], rows: Columns, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        """``function(rows, *tensors)`` in chunks that fit into memory."""
+
+        def flat(*parts: Tensor) -> tuple[Tensor, ...]:
+            return function(parts[: len(rows)], *parts[len(rows) :])
+
+        return self.chunks.map(flat, *rows, *tensors)
+
+    def model(self, *rows: Tensor) -> Any:
+        """The story's model, its matrix products in ``model_dtype``."""
+        with matrix_products_in(self.model_dtype):
+            return self.story.model(*rows)
 
     def _densities(self, rows: Columns, u: Tensor) -> tuple[Tensor, Tensor]:
         latents, log_volume = self._space.latents(u)
-        log_prior, log_joint = log_densities(self.story.model, rows, latents, self._discrete)
+        log_prior, log_joint = log_densities(self.model, rows, latents, self._discrete)
         return log_prior + log_volume, log_joint + log_volume
 
     def log_guide(self, columns: Columns, u: Tensor) -> Tensor:
@@ -393,7 +442,13 @@ def _gradient(part: Tensor, u: Tensor) -> Tensor:
     return torch.zeros_like(u) if gradient is None else gradient
 
 
-def joint_of(story: Story, columns: Columns, layout: Layout | None = None) -> Joint:
+def joint_of(
+    story: Story,
+    columns: Columns,
+    layout: Layout | None = None,
+    compiled: bool = False,
+    model_dtype: torch.dtype | None = None,
+) -> Joint:
     """The densities of a story that has passed its dry run; the layout of its guide is the fastest, if not given."""
     rows = traces.to_story(story, tuple(column[torch.arange(2) % len(column)] for column in columns))
     with noise.unit(rows[0].device, 0, noise.Purpose.CHECK):
@@ -417,6 +472,8 @@ def joint_of(story: Story, columns: Columns, layout: Layout | None = None) -> Jo
         discrete_in_guide=_assignments_if_finite(in_guide),
         chunks=Chunks(),
         layout=layout,
+        replays=Replays(compiled),
+        model_dtype=model_dtype,
         why_no_space=why_not,
     )
 

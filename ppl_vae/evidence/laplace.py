@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ppl_vae import traces
 from ppl_vae.evidence.joint import Joint, is_out_of_memory
 from ppl_vae.traces import Columns
 
@@ -141,7 +140,7 @@ def _refined(joint: Joint, columns: Columns, students: StudentMixture) -> Studen
     standard = torch.randn(REFINING_PAIRS, len(loc), dim).to(loc)
     points = loc + torch.einsum("rkl,srl->srk", scale, torch.cat([standard, -standard]))
     rows = tuple(column.repeat_interleave(num_components, dim=0) for column in columns)
-    _, slope, hessian = joint.with_hessian(traces.as_rows(rows, len(points)), points.flatten(0, 1))
+    _, slope, hessian = joint.with_hessian(rows, points.flatten(0, 1))
     slope, hessian = (t.unflatten(0, points.shape[:2]).mean(0) for t in (slope, hessian))
     precision = (1 - REFINING_RATE) * torch.cholesky_inverse(scale) - REFINING_RATE * hessian
     refined, log_determinant = _scale_of(-precision)
@@ -174,7 +173,7 @@ def _starts(joint: Joint, columns: Columns, guide: Tensor) -> Tensor:
 
 def _best(joint: Joint, columns: Columns, points: Tensor, count: int) -> Tensor:
     """The most probable of points of shape (S, N, K) that lie apart from each other, shape (count, N, K)."""
-    _, log_p = joint.log_prob(traces.as_rows(columns, len(points)), points.flatten(0, 1))
+    _, log_p = joint.log_prob(columns, points.flatten(0, 1))
     log_p = log_p.nan_to_num(-math.inf).reshape(points.shape[:2])
     rows, chosen = torch.arange(points.shape[1], device=points.device), []
     for _ in range(count):

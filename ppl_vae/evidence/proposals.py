@@ -131,10 +131,8 @@ class FromDensity:
 
     def log_weights_at(self, u: Tensor) -> Tensor:
         """Log weights of points of shape (S, N, K), shape (S, N)."""
-        rows = traces.as_rows(self.block.columns, len(u))
-        log_prior, log_joint = (
-            log_p.reshape(u.shape[:2]) for log_p in self.block.joint.log_prob(rows, u.flatten(0, 1))
-        )
+        log_ps = self.block.joint.log_prob(self.block.columns, u.flatten(0, 1))
+        log_prior, log_joint = (log_p.reshape(u.shape[:2]) for log_p in log_ps)
         return log_joint - self.density.log_prob(u, log_prior)
 
     def at(self, rows: Tensor) -> Self:
@@ -150,7 +148,7 @@ class FromGuide:
     def log_weights(self, num_particles: int) -> Tensor:
         joint, columns = self.block.joint, self.block.columns
         latents, log_q = joint.guide_latents(columns, num_particles)
-        log_p = joint.log_prob_of_latents(traces.as_rows(columns, num_particles), latents)
+        log_p = joint.log_prob_of_latents(columns, latents, num_particles)
         return log_p.reshape(log_q.shape) - log_q
 
     def at(self, rows: Tensor) -> Self:

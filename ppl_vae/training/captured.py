@@ -170,11 +170,16 @@ class CapturedEngine:
 def eager_step(task: Task, rows: Tensor) -> tuple[float, bool]:
     """A step as Pyro and torch take it; returns the loss and whether the gradient was finite, so that it was taken."""
     loss = task.loss_and_grads(*task.batch(task.columns, rows))
-    norm = average_and_clip(task.story.parameters(), len(rows), task.clip)
+    norm = average_and_clip(_held(task.optimizer), len(rows), task.clip)
     if taken := bool(norm.isfinite()):
         task.optimizer.step()
     task.optimizer.zero_grad()
     return float(loss), taken
+
+
+def _held(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """The parameters that an optimizer moves."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def state_of(task: Task) -> list[Tensor]:
@@ -205,8 +210,9 @@ class StepFunction:
         *flat, rows = flat
         given = iter(flat)
         parameters = {parameter: next(given) for _, parameter in story.named_parameters()}
+        held = set(_held(self.task.optimizer))
         leaves = {
-            name: parameters[parameter].detach().requires_grad_(parameter.requires_grad)
+            name: parameters[parameter].detach().requires_grad_(parameter.requires_grad and parameter in held)
             for name, parameter in story.named_parameters()
         }
         buffers = {name: next(given) for name, _ in story.named_buffers()}
