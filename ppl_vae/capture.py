@@ -55,7 +55,7 @@ class Program:
             # In C++ the calls between kernels cost less; on a GPU they are hidden anyway.
             options = {"cpp_wrapper": tensors[0].device.type == "cpu"}
             with torch.no_grad():
-                return _without_gradients(_inductor.compile(self.graph, list(tensors), options))
+                return _without_gradients(cast(Any, _inductor.compile(self.graph, list(tensors), options)))
         except Exception as error:  # the compiler's, the linker's, or inductor's own
             raise CaptureError(f"it could not be compiled ({first_line(error)})") from error
 
@@ -150,6 +150,8 @@ def _simplify(graph: fx.Graph) -> None:
         if _writes(node.target):
             computed.clear()  # what was read before may read differently now
         same = _same_as(node)
+        if same is None and (copied := _copied(node)) is not None and not (_memory(node) | _memory(copied)) & written:
+            same = copied
         if same is None and _is_pure(node.target) and not _fresh_memory(node) & written:
             same = computed.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
         if same is not None and same is not node:
@@ -173,6 +175,22 @@ def _same_as(node: fx.Node) -> fx.Node | None:
     return None
 
 
+def _copied(node: fx.Node) -> fx.Node | None:
+    """An earlier node with the same value in other memory."""
+    neutral: dict[Any, Any] = {
+        aten.clone.default: None,
+        aten.add.Tensor: 0,
+        aten.div.Tensor: 1,
+        aten.pow.Tensor_Scalar: 1,
+    }
+    if node.target not in neutral or not isinstance(before := node.args[0], fx.Node):
+        return None
+    if node.args[1:] not in ((), (neutral[node.target],)) or (node.kwargs and node.target is not aten.clone.default):
+        return None
+    old, new = before.meta["val"], node.meta["val"]
+    return before if (old.shape, old.dtype, old.stride()) == (new.shape, new.dtype, new.stride()) else None
+
+
 def _writes(target: Any) -> bool:
     return isinstance(target, OpOverload) and target._schema.is_mutable
 
@@ -188,7 +206,7 @@ def _is_pure(target: Any) -> bool:
 
 def _written(node: fx.Node) -> Iterator[Any]:
     """The arguments that an operation writes to."""
-    for position, argument in enumerate(node.target._schema.arguments):
+    for position, argument in enumerate(cast(Any, node.target)._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             yield node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
 

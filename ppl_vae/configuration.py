@@ -193,6 +193,9 @@ class DataConfiguration:
             raise ValueError(f"binarization is one of auto, none, static and dynamic; found {self.binarization!r}.")
 
 
+ENGINES = ("auto", "svi", "captured")
+
+
 @dataclass(frozen=True)
 class TrainingConfiguration:
     """How long and how fast a story is trained, and how many particles judge it."""
@@ -203,9 +206,11 @@ class TrainingConfiguration:
     kl_warmup: int = option(0, "epochs over which the latent terms grow to full weight")
     patience: int = option(0, "stop after so many epochs without a better validation ELBO; 0 never stops early")
     num_particles: int = option(1000, "draws per observation where log p(x) is estimated by drawing")
+    engine: str = option("auto", f"one of {', '.join(ENGINES)}")
     seed: int = option(0, "rules splits, binarization, initial weights, order and noise")
 
     def __post_init__(self) -> None:
+        _one_of("engine", self.engine, ENGINES)
         _at_least(self, epochs=1, batch_size=1, kl_warmup=0, patience=0, num_particles=1, seed=0)
         _positive(self, "learning_rate")
 

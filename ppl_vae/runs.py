@@ -113,6 +113,7 @@ def train(
         transform=transform,
         kl_warmup=training.kl_warmup,
         patience=training.patience or None,
+        engine=cast(Any, training.engine),
         callbacks=[partial(_append_metrics, folder)],
         seed=training.seed,
     )

@@ -25,7 +25,7 @@ log = logging.getLogger("ppl_vae")
 Step = Callable[..., tuple[Tensor, ...]]  # (*state, *columns, factor, *rates, rows) -> loss, norm of the gradient
 
 STEPS_PER_CALL = 4
-STEPS_UNTIL_READ = 50  # on CUDA, where reading a number waits for the device
+STEPS_UNTIL_READ = 50  # because reading a number waits for the device
 LARGEST_DIFFERENCE = 1e-3
 
 # What compilation costs and saves on two cores, rounded to its disadvantage (docs/performance.md).
@@ -53,6 +53,7 @@ class CapturedEngine:
         self.frozen: Any = None
         self.steps: dict[int, Step] = {}
         self.group: Step | None = None
+        self.snapshot: list[Tensor] = []
         self.on_cuda = task.device.type == "cuda"
 
     @property
@@ -74,15 +75,15 @@ class CapturedEngine:
         if (frozen := _frozen(self.task)) != self.frozen:
             self._capture(tally.epoch, batches)
             self.frozen = frozen
-        inputs, unread = self._inputs(), _Unread(tally, STEPS_UNTIL_READ if self.on_cuda else 1)
+        inputs, unread = self._inputs(), _Unread(tally)
         whole = sum(len(rows) == self.task.batch_size for rows in batches)
         number = tally.number
         while number < len(batches):
             self.task.reseed(tally.epoch, number)
             if self.group and number + STEPS_PER_CALL <= whole:
+                unread.read()
                 rows = torch.stack(tuple(batches[number : number + STEPS_PER_CALL]))
-                losses, norms = self.group(*inputs, rows)
-                unread.add(losses, norms, rows.shape[1])
+                unread.add(*self._several(inputs, rows), rows.shape[1])
                 number += STEPS_PER_CALL
             else:
                 rows = batches[number]
@@ -106,7 +107,8 @@ class CapturedEngine:
         """What every step of an epoch is handed, but for its rows."""
         _, dtype = traces.device_and_dtype(self.task.story)
         factor = torch.tensor(self.task.warmup.factor, dtype=dtype)
-        rates = [torch.tensor(float(group["lr"]), dtype=torch.float64) for group in self.task.optimizer.param_groups]
+        kind = torch.float32 if self.on_cuda else torch.float64  # what fused optimizers read there
+        rates = [torch.tensor(float(group["lr"]), dtype=kind) for group in self.task.optimizer.param_groups]
         numbers = [number.to(self.task.device) for number in (factor, *rates)]
         return [*state_of(self.task), *self.task.columns, *numbers]
 
@@ -137,16 +139,34 @@ class CapturedEngine:
         seconds = SECONDS_SAVED_PER_STEP + SHARE_OF_ARITHMETIC_SAVED * self.flops / FLOPS_PER_SECOND
         return self.total_steps * seconds > SECONDS_TO_COMPILE
 
+    def _several(self, inputs: list[Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Several steps in one compiled call; one by one, if that met a gradient that is not finite."""
+        assert self.group is not None
+        state = inputs[: len(self.snapshot)]
+        _copy(state, self.snapshot)
+        losses, norm = self.group(*inputs, rows)
+        if bool(norm.isfinite()):
+            return losses, torch.zeros_like(losses)
+        _copy(self.snapshot, state)
+        losses, norms = zip(*(self.steps[len(batch)](*inputs, batch) for batch in rows), strict=True)
+        return torch.stack(losses), torch.stack(norms)
+
     def _compiled(self, rows: Tensor) -> Step | None:
-        """Several steps in one compiled call; None where that fails and was not asked for."""
-        function = StepFunction(self.task, "plain")
+        """Several steps in one compiled call; None where that fails and was not asked for.
+
+        They are taken without a look at their gradients. One that is not finite leaves its trace in the parameters or
+        in what the optimizer remembers, whose sum is returned with the losses.
+        """
+        function = StepFunction(self.task, "unguarded")
 
         def several(*flat: Tensor) -> tuple[Tensor, Tensor]:
             *inputs, rows = flat
-            losses, norms = zip(*(function(*inputs, batch) for batch in rows), strict=True)
-            return torch.stack(losses), torch.stack(norms)
+            losses = torch.stack([function(*inputs, batch)[0] for batch in rows])
+            moved = [tensor.sum() for tensor in inputs[: len(self.snapshot)] if tensor.is_floating_point()]
+            return losses, torch.stack([part.to(losses) for part in moved]).sum()
 
         inputs = [*self._inputs(), rows]
+        self.snapshot = clones(state_of(self.task))
         try:
             compiled = capture(several, *inputs).compiled(*inputs)
             with _unchanged(self.task):
@@ -196,19 +216,20 @@ class StepFunction:
     clipped gradients follow, and nothing has moved.
 
     Attributes:
-        optimizer: "fused" or "plain" operations inside the step, or "outside" of it.
+        optimizer: inside the step, "fused" or "guarded" (in single operations), where both stay put if the gradient is
+            not finite, or "unguarded"; or "outside" of it.
         trained: parameters that have a gradient; known after a trace.
     """
 
-    def __init__(self, task: Task, optimizer: Literal["fused", "plain", "outside"]) -> None:
+    def __init__(self, task: Task, optimizer: Literal["fused", "guarded", "unguarded", "outside"]) -> None:
         self.task = task
         self.optimizer = optimizer
         self.trained: list[nn.Parameter] = []
 
     def __call__(self, *flat: Tensor) -> tuple[Tensor, ...]:
         story, groups = self.task.story, self.task.optimizer.param_groups
-        *flat, rows = flat
-        given = iter(flat)
+        *others, rows = flat
+        given = iter(others)
         parameters = {parameter: next(given) for _, parameter in story.named_parameters()}
         held = set(_held(self.task.optimizer))
         leaves = {
@@ -221,16 +242,18 @@ class StepFunction:
         factor, rates = next(given), [next(given) for _ in groups]
 
         loss = self._loss_and_grads(leaves, buffers, self.task.batch(columns, rows), factor)
-        norm = average_and_clip(leaves.values(), len(rows), self.task.clip)
+        size = len(rows)
+        divided_later = size if self.optimizer == "fused" and self.task.clip is None else 1
+        norm = average_and_clip(leaves.values(), size // divided_later, self.task.clip)
         self.trained = [p for p, leaf in zip(parameters, leaves.values(), strict=True) if leaf.grad is not None]
         gradients = [leaf.grad for leaf in leaves.values() if leaf.grad is not None]
         if self.optimizer == "outside":
             return loss.detach(), norm, *gradients
         for parameter, gradient in zip(self.trained, gradients, strict=True):
             parameters[parameter].grad = gradient
-        traced_step(
-            self.task.optimizer, parameters, remembered, rates, norm.isfinite(), fused=self.optimizer == "fused"
-        )
+        is_finite = None if self.optimizer == "unguarded" else (norm - norm) == 0
+        fused = self.optimizer == "fused"
+        traced_step(self.task.optimizer, parameters, remembered, rates, is_finite, fused, divided_later)
         return loss.detach(), norm
 
     def _loss_and_grads(
@@ -249,7 +272,7 @@ class StepFunction:
                 )
         finally:
             task.warmup.factor = given
-        for name, site in touched.trace.nodes.items():
+        for name, site in traces.nodes(touched.trace).items():
             if site["type"] == "param" and id(_unconstrained(site["value"])) not in known:
                 raise CaptureError(f"the parameter {name!r} is not the story's own (a bare pyro.param)")
         return torch.as_tensor(loss)
@@ -264,6 +287,10 @@ def _places(story: Story) -> Iterator[tuple[str, Tensor]]:
         for tensors in (module.named_parameters(recurse=False), module.named_buffers(recurse=False)):
             for name, tensor in tensors:
                 yield (f"{prefix}.{name}" if prefix else name), tensor
+
+
+def _copy(source: list[Tensor], target: list[Tensor]) -> None:
+    torch._foreach_copy_(target, source)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _unconstrained(value: Any) -> Tensor:
@@ -294,10 +321,10 @@ def _captured(task: Task, inputs: Sequence[Tensor]) -> Step:
     return _with_eager_optimizer(program, function.trained, task.optimizer)
 
 
-def _inside(task: Task) -> Sequence[Literal["fused", "plain"]]:
+def _inside(task: Task) -> Sequence[Literal["fused", "guarded"]]:
     if is_fused(task.optimizer):
         return ("fused",)
-    return ("plain",) if task.device.type == "cuda" else ()
+    return ("guarded",) if task.device.type == "cuda" else ()
 
 
 def _trainable(task: Task, program: Program) -> Program:
@@ -370,9 +397,8 @@ def _compare(replayed: Sequence[Tensor], eager: Sequence[Tensor], before: Sequen
 class _Unread:
     """Results of steps that were taken and not looked at yet, because looking waits for the device."""
 
-    def __init__(self, tally: Tally, at_once: int) -> None:
+    def __init__(self, tally: Tally) -> None:
         self.tally = tally
-        self.at_once = at_once
         self.losses: list[Tensor] = []
         self.norms: list[Tensor] = []
         self.sizes: list[int] = []
@@ -382,7 +408,7 @@ class _Unread:
         self.losses.append(losses)
         self.norms.append(norms)
         self.sizes += [num_observations] * len(losses)
-        if len(self.sizes) >= self.at_once:
+        if len(self.sizes) >= STEPS_UNTIL_READ:
             self.read()
 
     def read(self) -> None:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, cast
 
 import pyro
 import torch
@@ -192,7 +192,7 @@ def _validate(task: Task, held_out: tuple[Tensor, ...]) -> float:
         for start in range(0, len(held_out[0]), VALIDATION_ROWS):
             noise.reseed(task.device, task.seed, Purpose.VALIDATION, start)
             rows = (column[start : start + VALIDATION_ROWS] for column in held_out)
-            total -= float(task.loss.loss(*task.programs(), *rows))
+            total -= float(cast(Any, task.loss).loss(*task.programs(), *rows))
     return total / len(held_out[0])
 
 

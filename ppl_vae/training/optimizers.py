@@ -3,7 +3,7 @@
 import copy
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
@@ -35,20 +35,20 @@ def traced_step(
     parameters: dict[nn.Parameter, Tensor],
     remembered: Sequence[Tensor],
     rates: Sequence[Tensor],
-    is_finite: Tensor,
+    is_finite: Tensor | None,
     fused: bool,
+    divisor: int = 1,
 ) -> None:
     """Moves tensors in the place of parameters, in place, as ``optimizer.step()`` would move the parameters.
-
-    Where the gradient is not finite everything stays as it was.
 
     Args:
         optimizer: whose step it is; it is not touched.
         parameters: the tensor that stands for each parameter, with its gradient.
         remembered: tensors that stand for :func:`tensors_in`, in this order.
         rates: learning rate of each group of parameters, shape ``()``.
-        is_finite: whether to move at all, shape ``()``.
+        is_finite: whether to move, shape ``()``; where it is not, everything stays as it was. None always moves.
         fused: by the optimizer's fused operation; otherwise in single operations, for a compiler to fuse.
+        divisor: of the gradients; 1 unless fused.
 
     Raises:
         CaptureError: when the optimizer holds a parameter that is not the story's, or remembers more than tensors.
@@ -68,21 +68,28 @@ def traced_step(
         for name, value in state.items():
             if not isinstance(value, Tensor | None):
                 raise CaptureError(f"{type(optimizer).__name__} remembers {name!r}, which is not a tensor")
-            twin.state[parameters[parameter]][name] = None if value is None else next(given)
+            twin.state[parameters[cast(nn.Parameter, parameter)]][name] = None if value is None else next(given)
     with torch.no_grad():
         if fused:
-            twin.found_inf = is_finite.logical_not().to(torch.float32)
+            if divisor > 1:
+                twin.grad_scale = torch.full((), divisor, dtype=torch.float32, device=rates[0].device)
+            twin.found_inf = None if is_finite is None else is_finite.logical_not().to(torch.float32)
             twin.step()
         else:
             _step_where(is_finite, twin, list(parameters.values()), remembered)
 
 
-def _step_where(is_finite: Tensor, twin: Any, parameters: Sequence[Tensor], remembered: Sequence[Tensor]) -> None:
-    """Takes a step, then puts everything back where the gradient is not finite; a compiler makes that one pass."""
+def _step_where(
+    is_finite: Tensor | None, twin: Any, parameters: Sequence[Tensor], remembered: Sequence[Tensor]
+) -> None:
+    """Takes a step in single operations, then puts everything back where the gradient is not finite."""
     places = [(held, name) for held, state in twin.state.items() for name, value in state.items() if value is not None]
-    before = [tensor.clone() for tensor in (*parameters, *remembered)]
+    before = [] if is_finite is None else [tensor.clone() for tensor in (*parameters, *remembered)]
     with patch.object(torch.compiler, "_is_compiling_flag", True):  # numbers of the optimizer then stay tensors
         twin.step()
     after = [*parameters, *(twin.state[held][name] for held, name in places)]
-    for tensor, new, old in zip((*parameters, *remembered), after, before, strict=True):
-        tensor.copy_(torch.where(is_finite, new, old))
+    for number, (tensor, new) in enumerate(zip((*parameters, *remembered), after, strict=True)):
+        if is_finite is not None:
+            tensor.copy_(torch.where(is_finite, new, before[number]))
+        elif new is not tensor:
+            tensor.copy_(new)

@@ -92,7 +92,7 @@ class Task:
     def loss_and_grads(self, *batch: Tensor) -> Any:
         """Pyro's loss of a batch; its gradient is added to the parameters'."""
         with matrix_products_in(self.precision):
-            return self.loss.loss_and_grads(*self.programs(), *batch)
+            return cast(Any, self.loss).loss_and_grads(*self.programs(), *batch)
 
     def explain_non_finite(self, epoch: int, number: int) -> str:
         """Names the first site of a batch whose log probability is not finite."""
@@ -117,12 +117,18 @@ def average_and_clip(parameters: Iterable[Tensor], num_observations: int, clip: 
     Averaged first, so that clipping does not depend on the batch size.
     """
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
-    for parameter in parameters:
-        parameter.grad.div_(num_observations)  # pyright: ignore[reportOptionalMemberAccess]
-    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    gradients = gradients_of(parameters)
+    if gradients and num_observations > 1:
+        torch._foreach_div_(gradients, num_observations)  # pyright: ignore[reportPrivateImportUsage]
+    norm = nn.utils.get_total_norm(gradients, foreach=True)
     if clip is not None:
-        nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+        nn.utils.clip_grads_with_norm_(parameters, clip, norm, foreach=True)
     return norm
+
+
+def gradients_of(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """The gradients of those parameters that have one."""
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
 class Tally:
