@@ -43,8 +43,12 @@ class Program:
         with torch.no_grad():
             return self.graph.forward(*tensors)
 
-    def compiled(self, *tensors: Tensor) -> Callable[..., Any]:
+    def compiled(self, *tensors: Tensor, many_small: bool = False) -> Callable[..., Any]:
         """The same operations, fused and compiled by inductor; it draws other random numbers.
+
+        Args:
+            tensors: an example of what it will be called with.
+            many_small: call the operations from C++, which takes longer to build, and saves microseconds for each.
 
         Raises:
             CaptureError: when inductor cannot, for instance where there is no C++ compiler.
@@ -52,8 +56,7 @@ class Program:
         from torch import _inductor  # a second of imports, for those who compile
 
         try:
-            # In C++ the calls between kernels cost less; on a GPU they are hidden anyway.
-            options = {"cpp_wrapper": tensors[0].device.type == "cpu"}
+            options = {"cpp_wrapper": many_small and tensors[0].device.type == "cpu"}
             with torch.no_grad():
                 return _without_gradients(cast(Any, _inductor.compile(self.graph, list(tensors), options)))
         except Exception as error:  # the compiler's, the linker's, or inductor's own

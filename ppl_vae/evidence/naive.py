@@ -7,6 +7,7 @@ the mean over observations of w_sn / mean_s(w_sn), taken here from batches of pa
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 from itertools import pairwise
 
 import torch
@@ -64,7 +65,7 @@ class SharedParticles:
             except NonFiniteWeightsError as error:
                 numbers = rows[error.rows].tolist()
                 raise ValueError(f"The likelihood is NaN or infinite for the observations {numbers}.") from None
-            _add_to_batches(batches, ends - start, log_likelihood.double().cpu())
+            _add_to_batches(batches, ends - start, log_likelihood.cpu())
         log_means = batches - ends.diff().log().unsqueeze(1)
         return sums, torch.exp(log_means - sums.log_mean).nan_to_num(0.0).sum(1)
 
@@ -72,12 +73,12 @@ class SharedParticles:
         """log p(x_n | z_s) of the same prior draws for all these observations, shape (S, N)."""
         first_row = tuple(column[:1].expand(num_particles, *column.shape[1:]) for column in columns)
         trace = poutine.trace(self.joint.story.model).get_trace(*first_row)
-        log_p = torch.zeros(()).to(columns[0].device)
+        log_ps = []
         for name, position in self.scored.items():
             site = traces.nodes(trace)[name]
             traces.refuse_scale(name, site)
-            log_p = log_p + sharing.cross_log_prob(site["fn"], columns[position], 0).T
-        return log_p
+            log_ps.append(sharing.cross_log_prob(site["fn"], columns[position], 0))
+        return reduce(torch.add, log_ps).T  # of a single site without a copy: it is as large as all weights of a unit
 
 
 def error_of_mean(batches: Tensor, num_observations: int) -> float:

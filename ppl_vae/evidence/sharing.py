@@ -104,7 +104,7 @@ def _(distribution: dist.Independent, x: Tensor, event_dim: int) -> Tensor:
 @cross_log_prob.register
 def _(distribution: dist.Bernoulli, x: Tensor, event_dim: int) -> Tensor:
     logits = distribution.logits.flatten(1) if event_dim else distribution.logits.unsqueeze(1)
-    return x.reshape(len(x), -1) @ logits.T - softplus(logits).sum(1)
+    return torch.addmm(-softplus(logits).sum(1), x.reshape(len(x), -1), logits.T)
 
 
 @cross_log_prob.register

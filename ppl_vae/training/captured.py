@@ -25,6 +25,7 @@ log = logging.getLogger("ppl_vae")
 Step = Callable[..., tuple[Tensor, ...]]  # (*state, *columns, factor, *rates, rows) -> loss, norm of the gradient
 
 STEPS_PER_CALL = 4
+LARGE_STEP = 1e8  # in floating point operations: the calls between them do not matter then
 STEPS_UNTIL_READ = 50  # because reading a number waits for the device
 LARGEST_DIFFERENCE = 1e-3
 
@@ -53,13 +54,14 @@ class CapturedEngine:
         self.frozen: Any = None
         self.steps: dict[int, Step] = {}
         self.group: Step | None = None
+        self.has_compiled = False
         self.snapshot: list[Tensor] = []
         self.on_cuda = task.device.type == "cuda"
 
     @property
     def name(self) -> str:
         """The engine, and whether it compiled."""
-        return "captured, compiled" if self.group else "captured"
+        return "captured, compiled" if self.has_compiled else "captured"
 
     def epoch(self, tally: Tally) -> None:
         """Takes every batch that the tally has not seen.
@@ -114,7 +116,7 @@ class CapturedEngine:
 
     def _capture(self, epoch: int, batches: Sequence[Tensor]) -> None:
         """Traces a step of each batch size, and compares its first replay with an eager step."""
-        self.steps, self.group = {}, None
+        self.steps, self.group, self.has_compiled = {}, None, False
         for number in {0, len(batches) - 1}:
             rows = batches[number]
             if len(rows) in self.steps:
@@ -132,7 +134,7 @@ class CapturedEngine:
         if self.on_cuda:
             self.steps = {len(rows): self._graphed(rows) for rows in (batches[0], batches[-1])}
         elif self.compiled or (self.compiled is None and self._pays()):
-            self.group = self._compiled(torch.stack([batches[0]] * STEPS_PER_CALL))
+            self._compile(batches[0])
 
     def _pays(self) -> bool:
         """Whether compiling saves more time than it takes."""
@@ -151,13 +153,31 @@ class CapturedEngine:
         losses, norms = zip(*(self.steps[len(batch)](*inputs, batch) for batch in rows), strict=True)
         return torch.stack(losses), torch.stack(norms)
 
-    def _compiled(self, rows: Tensor) -> Step | None:
-        """Several steps in one compiled call; None where that fails and was not asked for.
+    def _compile(self, rows: Tensor) -> None:
+        """Several small steps in one compiled call, or one large step but for its optimizer, which is fused already."""
+        try:
+            if self.flops < LARGE_STEP:
+                self.group = self._compiled_group(torch.stack([rows] * STEPS_PER_CALL))
+            else:
+                function, inputs = StepFunction(self.task, "outside", compiled=True), [*self._inputs(), rows]
+                program = _trainable(capture(function, *inputs)).compiled(*inputs)
+                with _unchanged(self.task):
+                    program(*inputs)  # what is compiled late, is compiled now
+                self.steps[len(rows)] = _with_eager_optimizer(program, function.trained, self.task.optimizer)
+            self.has_compiled = True
+        except CaptureError as error:
+            if self.compiled:
+                raise
+            log.info("training is captured but not compiled: %s", error)
 
-        They are taken without a look at their gradients. One that is not finite leaves its trace in the parameters or
-        in what the optimizer remembers, whose sum is returned with the losses.
+    def _compiled_group(self, rows: Tensor) -> Step:
+        """Steps that are taken without a look at their gradients.
+
+        One that is not finite leaves its trace in the parameters or in what the optimizer remembers, whose sum is
+        returned with the losses.
         """
-        function = StepFunction(self.task, "unguarded")
+        function = StepFunction(self.task, "unguarded", compiled=True)
+        self.snapshot = clones(state_of(self.task))
 
         def several(*flat: Tensor) -> tuple[Tensor, Tensor]:
             *inputs, rows = flat
@@ -166,17 +186,10 @@ class CapturedEngine:
             return losses, torch.stack([part.to(losses) for part in moved]).sum()
 
         inputs = [*self._inputs(), rows]
-        self.snapshot = clones(state_of(self.task))
-        try:
-            compiled = capture(several, *inputs).compiled(*inputs)
-            with _unchanged(self.task):
-                compiled(*inputs)  # what is compiled late, is compiled now
-        except CaptureError as error:
-            if self.compiled:
-                raise
-            log.info("training is captured but not compiled: %s", error)
-            return None
-        return compiled
+        group = capture(several, *inputs).compiled(*inputs, many_small=True)
+        with _unchanged(self.task):
+            group(*inputs)
+        return group
 
     def _graphed(self, rows: Tensor) -> Step:
         """A step as one CUDA graph."""
@@ -221,8 +234,11 @@ class StepFunction:
         trained: parameters that have a gradient; known after a trace.
     """
 
-    def __init__(self, task: Task, optimizer: Literal["fused", "guarded", "unguarded", "outside"]) -> None:
+    def __init__(
+        self, task: Task, optimizer: Literal["fused", "guarded", "unguarded", "outside"], compiled: bool = False
+    ) -> None:
         self.task = task
+        self.compiled = compiled
         self.optimizer = optimizer
         self.trained: list[nn.Parameter] = []
 
@@ -244,7 +260,7 @@ class StepFunction:
         loss = self._loss_and_grads(leaves, buffers, self.task.batch(columns, rows), factor)
         size = len(rows)
         divided_later = size if self.optimizer == "fused" and self.task.clip is None else 1
-        norm = average_and_clip(leaves.values(), size // divided_later, self.task.clip)
+        norm = average_and_clip(leaves.values(), size // divided_later, self.task.clip, together=not self.compiled)
         self.trained = [p for p, leaf in zip(parameters, leaves.values(), strict=True) if leaf.grad is not None]
         gradients = [leaf.grad for leaf in leaves.values() if leaf.grad is not None]
         if self.optimizer == "outside":
@@ -313,11 +329,11 @@ def _captured(task: Task, inputs: Sequence[Tensor]) -> Step:
     """A replayable step; the optimizer is inside where a fused operation, or CUDA, allows it."""
     for optimizer in _inside(task):
         try:
-            return _trainable(task, capture(StepFunction(task, optimizer), *inputs))
+            return _trainable(capture(StepFunction(task, optimizer), *inputs))
         except CaptureError as error:
             log.debug("the optimizer stays outside the captured step: %s", error)
     function = StepFunction(task, "outside")
-    program = _trainable(task, capture(function, *inputs))
+    program = _trainable(capture(function, *inputs))
     return _with_eager_optimizer(program, function.trained, task.optimizer)
 
 
@@ -327,14 +343,16 @@ def _inside(task: Task) -> Sequence[Literal["fused", "guarded"]]:
     return ("guarded",) if task.device.type == "cuda" else ()
 
 
-def _trainable(task: Task, program: Program) -> Program:
+def _trainable(program: Program) -> Program:
     """The program, if it reaches no parameter but the story's, which are handed in."""
     if any(constant.requires_grad for constant in program.constants):
         raise CaptureError("it trains a tensor that is no parameter of the story")
     return program
 
 
-def _with_eager_optimizer(program: Program, trained: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> Step:
+def _with_eager_optimizer(
+    program: Callable[..., Any], trained: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer
+) -> Step:
     def step(*tensors: Tensor) -> tuple[Tensor, Tensor]:
         loss, norm, *gradients = program(*tensors)
         if bool(norm.isfinite()):

@@ -111,18 +111,21 @@ class Task:
         )
 
 
-def average_and_clip(parameters: Iterable[Tensor], num_observations: int, clip: float | None) -> Tensor:
+def average_and_clip(
+    parameters: Iterable[Tensor], num_observations: int, clip: float | None, together: bool = True
+) -> Tensor:
     """Makes gradients those of the mean loss per observation, no longer than ``clip``; returns their norm before that.
 
-    Averaged first, so that clipping does not depend on the batch size.
+    Averaged first, so that clipping does not depend on the batch size. ``together`` computes all norms in one
+    operation, which inductor does not know.
     """
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
     gradients = gradients_of(parameters)
     if gradients and num_observations > 1:
         torch._foreach_div_(gradients, num_observations)  # pyright: ignore[reportPrivateImportUsage]
-    norm = nn.utils.get_total_norm(gradients, foreach=True)
+    norm = nn.utils.get_total_norm(gradients, foreach=together)
     if clip is not None:
-        nn.utils.clip_grads_with_norm_(parameters, clip, norm, foreach=True)
+        nn.utils.clip_grads_with_norm_(parameters, clip, norm, foreach=together)
     return norm
 
 
