@@ -1,0 +1,86 @@
+"""Densities that are replayed: the same values as evaluated plainly, and a fallback where they cannot be captured."""
+
+import logging
+import math
+
+import numpy as np
+import pytest
+import torch
+from example_stories import ORACLES, linear_gaussian
+
+from ppl_vae import log_evidence
+from ppl_vae.evidence import replays
+from ppl_vae.evidence.replays import Replays
+
+
+@pytest.mark.parametrize("method", ["importance", "laplace", "mixture", "annealed"])
+def test_captured_densities_change_no_estimate(float64, method, monkeypatch):
+    story = linear_gaussian(num_features=6, latent_dim=3, widened=1.3)
+    x = story.model(num_observations=40).detach()
+    captured = log_evidence(story, x, method=method)
+    monkeypatch.setattr(replays, "CALLS_BEFORE_CAPTURE", math.inf)
+    plain = log_evidence(story, x, method=method)
+    np.testing.assert_allclose(captured["estimate"], plain["estimate"], rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_every_story_is_estimated_as_without_capture(float64, name, monkeypatch):
+    make, data, _ = ORACLES[name]
+    story, columns = make(), data()
+    monkeypatch.setattr(replays, "CALLS_BEFORE_CAPTURE", 1)
+    captured = log_evidence(story, *columns, method="importance", num_particles=300)
+    monkeypatch.setattr(replays, "CALLS_BEFORE_CAPTURE", math.inf)
+    plain = log_evidence(story, *columns, method="importance", num_particles=300)
+    np.testing.assert_allclose(captured["estimate"], plain["estimate"], rtol=1e-10)
+
+
+def test_a_function_is_called_until_it_was_called_often_and_then_no_more():
+    calls, density = [], Replays()
+
+    def function(x):
+        calls.append(len(x))
+        return (x.square(),)
+
+    for _ in range(50):
+        assert torch.equal(density.call("square", function, torch.arange(3.0))[0], torch.tensor([0.0, 1.0, 4.0]))
+    density.call("square", function, torch.arange(4.0))  # another shape
+    assert calls == [3] * (replays.CALLS_BEFORE_CAPTURE + 1) + [4]  # once more, to be traced
+
+
+def test_what_cannot_be_captured_is_evaluated_as_it_is(caplog):
+    density = Replays()
+
+    def function(x):
+        return (x if x.sum() > 0 else -x,)
+
+    with caplog.at_level(logging.INFO, "ppl_vae"):
+        for sign in [1.0, -1.0] * 30:
+            assert density.call("size", function, torch.full((3,), sign))[0].sum() == 3
+    assert len([record for record in caplog.records if "cannot be captured" in record.message]) == 1
+
+
+def test_what_replays_other_values_is_evaluated_as_it_is(caplog):
+    density, numbers = Replays(), iter(range(100))
+    with caplog.at_level(logging.INFO, "ppl_vae"):
+        values = [float(density.call("count", lambda x: (x + next(numbers),), torch.zeros(2))[0][0]) for _ in range(40)]
+    assert len(set(values)) == 40 and "gave other values" in caplog.text
+
+
+def test_decoding_in_bfloat16_is_labelled_and_close():
+    story = linear_gaussian(num_features=6, latent_dim=3, widened=1.3)
+    x = story.model(num_observations=40).detach()
+    rounded = log_evidence(story, x, method="importance", model_dtype=torch.bfloat16)
+    plain = log_evidence(story, x, method="importance")
+    assert set(rounded["method"].values) == {"importance in bfloat16"}
+    assert rounded.dataset.attrs["model_dtype"] == "bfloat16" and plain.dataset.attrs["model_dtype"] == ""
+    difference = abs(rounded["estimate"] - plain["estimate"])
+    assert 0 < difference.max() < 0.5
+
+
+@pytest.mark.slow
+def test_compiled_densities_agree_to_rounding():
+    story = linear_gaussian(num_features=6, latent_dim=3, widened=1.3)
+    x = story.model(num_observations=32).detach()
+    compiled = log_evidence(story, x, method="importance", num_particles=2000, compile=True)
+    plain = log_evidence(story, x, method="importance", num_particles=2000, compile=False)
+    np.testing.assert_allclose(compiled["estimate"], plain["estimate"], rtol=1e-5)
