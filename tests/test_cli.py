@@ -230,13 +230,14 @@ def test_every_option_reaches_the_configuration(capsys, files, out):
         "--kl-warmup": 4,
         "--patience": 9,
         "--num-particles": 7,
+        "--engine": "svi",
         "--seed": 5,
     }
     says(capsys, "train", "--out", out, "--download", *(word for pair in options.items() for word in pair))
     table = json.loads((out / "config.json").read_text())
     wanted = from_json({part: table[part] for part in ("data", "story", "training")}, RunConfiguration)
     assert wanted.data == DataConfiguration(str(files / "images.npy"), str(out.parent), True, "static")
-    assert wanted.training == TrainingConfiguration(2, 10, 0.5, 4, 9, 7, 5)
+    assert wanted.training == TrainingConfiguration(2, 10, 0.5, 4, 9, 7, "svi", 5)
     assert (wanted.story.event_shape, wanted.story.latent_dim) == ((1, 4, 4), 3)
     assert wanted.story.likelihood == CHOICES["likelihood"]["normal"]("per-dimension", 0.4, 0.01)
     assert wanted.story.posterior.floor == 0.02
