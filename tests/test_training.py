@@ -23,6 +23,7 @@ from example_stories import (
     small_vae,
 )
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from pyro.nn import PyroModule
 from torch import nn
 
 from ppl_vae import VAE, fit, likelihoods, log_evidence, noise, posteriors, priors
@@ -92,6 +93,31 @@ def test_a_discrete_latent_is_summed_out_by_pyros_own_elbo():
     loss = TraceEnum_ELBO(max_plate_nesting=1)
     history = fit(story, x, epochs=30, loss=loss, optimizer=partial(torch.optim.Adam, lr=1e-2), kl_warmup=3)
     assert history["train_elbo"][-1] > history["train_elbo"][3] + 5
+
+
+class Undecorated(PyroModule):
+    """A PyroModule whose methods are no ``pyro_method``s: by itself it puts no parameter into the store."""
+
+    def __init__(self):
+        super().__init__()
+        self.decoder, self.encoder = nn.Linear(2, 3), nn.Linear(3, 2)
+
+    def model(self, x=None, *, num_observations=1):
+        with pyro.plate("observations", num_observations if x is None else len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            return pyro.sample("x", dist.Normal(self.decoder(z), 1.0).to_event(1), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("observations", len(x)):
+            return pyro.sample("z", dist.Normal(self.encoder(x), 0.5).to_event(1))
+
+
+@pytest.mark.parametrize("engine", ["svi", "captured"])
+def test_a_pyro_module_without_pyro_methods_is_trained(engine):
+    story = Undecorated()
+    before = [parameter.detach().clone() for parameter in story.parameters()]
+    fit(story, torch.randn(64, 3), epochs=1, engine=engine)
+    assert all((old != new).any() for old, new in zip(before, story.parameters(), strict=True))
 
 
 def test_the_loss_instance_is_not_used_up_by_a_story():

@@ -26,7 +26,7 @@ Step = Callable[..., tuple[Tensor, ...]]  # (*state, *columns, factor, *rates, r
 
 STEPS_PER_CALL = 4
 LARGE_STEP = 1e8  # in floating point operations: the calls between them do not matter then
-STEPS_UNTIL_READ = 50  # because reading a number waits for the device
+STEPS_UNTIL_READ = 50  # on CUDA, where reading a number waits for the device
 LARGEST_DIFFERENCE = 1e-3
 
 # What compilation costs and saves on two cores, rounded to its disadvantage (docs/performance.md).
@@ -77,7 +77,7 @@ class CapturedEngine:
         if (frozen := _frozen(self.task)) != self.frozen:
             self._capture(tally.epoch, batches)
             self.frozen = frozen
-        inputs, unread = self._inputs(), _Unread(tally)
+        inputs, unread = self._inputs(), _Unread(tally, STEPS_UNTIL_READ if self.on_cuda else 1)
         whole = sum(len(rows) == self.task.batch_size for rows in batches)
         number = tally.number
         while number < len(batches):
@@ -178,11 +178,14 @@ class CapturedEngine:
         """
         function = StepFunction(self.task, "unguarded", compiled=True)
         self.snapshot = clones(state_of(self.task))
+        num_parameters = sum(1 for _ in self.task.story.named_parameters())
+        num_buffers = sum(1 for _ in self.task.story.named_buffers())
 
         def several(*flat: Tensor) -> tuple[Tensor, Tensor]:
             *inputs, rows = flat
             losses = torch.stack([function(*inputs, batch)[0] for batch in rows])
-            moved = [tensor.sum() for tensor in inputs[: len(self.snapshot)] if tensor.is_floating_point()]
+            state = [*inputs[:num_parameters], *inputs[num_parameters + num_buffers : len(self.snapshot)]]
+            moved = [tensor.sum() for tensor in state if tensor.is_floating_point()]
             return losses, torch.stack([part.to(losses) for part in moved]).sum()
 
         inputs = [*self._inputs(), rows]
@@ -370,12 +373,18 @@ def _with_eager_optimizer(
 
 def _frozen(task: Task) -> Any:
     """What a trace freezes and a user may change between epochs: a trace belongs to one value of it."""
+    internal = vars(nn.Module()).keys()
     numbers = [
-        (name, module.training, {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str)})
+        (name, module.training, {key: _identity(value) for key, value in vars(module).items() if key not in internal})
         for name, module in cast(nn.Module, task.story).named_modules()
     ]
-    trained = [(name, parameter.requires_grad) for name, parameter in task.story.named_parameters()]
+    trained = [(name, id(parameter), parameter.requires_grad) for name, parameter in task.story.named_parameters()]
     return numbers, trained, frozen_numbers(task.optimizer)
+
+
+def _identity(value: Any) -> Any:
+    """What tells that an attribute changed: numbers and words by value, tensors and all else by which object it is."""
+    return value if isinstance(value, bool | int | float | str | None) else id(value)
 
 
 @contextmanager
@@ -415,8 +424,9 @@ def _compare(replayed: Sequence[Tensor], eager: Sequence[Tensor], before: Sequen
 class _Unread:
     """Results of steps that were taken and not looked at yet, because looking waits for the device."""
 
-    def __init__(self, tally: Tally) -> None:
+    def __init__(self, tally: Tally, at_once: int) -> None:
         self.tally = tally
+        self.at_once = at_once
         self.losses: list[Tensor] = []
         self.norms: list[Tensor] = []
         self.sizes: list[int] = []
@@ -426,7 +436,7 @@ class _Unread:
         self.losses.append(losses)
         self.norms.append(norms)
         self.sizes += [num_observations] * len(losses)
-        if len(self.sizes) >= STEPS_UNTIL_READ:
+        if len(self.sizes) >= self.at_once:
             self.read()
 
     def read(self) -> None:

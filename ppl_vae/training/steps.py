@@ -80,7 +80,13 @@ class Task:
     def programs(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """The story's model and guide as ``SVI`` wants them: warmed up, and with their parameters in the store."""
         model, guide = self.warmup(self.story.model), self.warmup(self.story.guide)
-        return (model, guide) if isinstance(self.story, PyroModule) else (self._register(model), self._register(guide))
+        return (model, guide) if self._registers_itself else (self._register(model), self._register(guide))
+
+    @property
+    def _registers_itself(self) -> bool:
+        """Whether model and guide are a PyroModule's ``pyro_method``s; others put no parameters into the store."""
+        methods = type(self.story).model, type(self.story).guide
+        return isinstance(self.story, PyroModule) and all(hasattr(method, "__wrapped__") for method in methods)
 
     def _register(self, program: Callable[..., Any]) -> Callable[..., Any]:
         def with_parameters(*columns: Tensor) -> Any:
