@@ -85,7 +85,7 @@ class Task:
     @property
     def _registers_itself(self) -> bool:
         """Whether model and guide are a PyroModule's ``pyro_method``s; others put no parameters into the store."""
-        methods = type(self.story).model, type(self.story).guide
+        methods = self.story.model, self.story.guide
         return isinstance(self.story, PyroModule) and all(hasattr(method, "__wrapped__") for method in methods)
 
     def _register(self, program: Callable[..., Any]) -> Callable[..., Any]:
