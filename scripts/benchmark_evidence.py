@@ -26,6 +26,7 @@ it needs besides story and images, each point in a process of its own (on Linux)
 
 import argparse
 import math
+import random
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -266,10 +267,13 @@ def _mebibytes(field: str) -> float:
 
 
 def scaling(model: str, threads: int) -> list[dict[str, float]]:
-    """First with more and more observations, then with more and more draws."""
+    """First with more and more observations, then with more and more draws; run in random order, as machines drift."""
     points = [(size, SIZES[1]) for size in SIZES[0]] + [(DRAWS[0], draws) for draws in DRAWS[1]]
+    order = random.Random(0).sample(range(len(points)), len(points))
+    arguments = zip(*((model, *points[number], threads) for number in order), strict=True)
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as fresh:
-        return list(fresh.map(cost_of, *zip(*((model, *point, threads) for point in points), strict=True)))
+        costs = dict(zip(order, fresh.map(cost_of, *arguments), strict=True))
+    return [costs[number] for number in range(len(points))]
 
 
 def print_scaling(points: list[dict[str, float]]) -> None:
