@@ -126,6 +126,24 @@ STORIES = {
 }
 
 
+class Fragile(nn.Module):
+    """x ~ N(z + shift, 1), where a row that holds 99 makes the guide's location NaN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(()))
+        self.guess = nn.Parameter(torch.zeros(()))
+
+    def model(self, x):
+        with pyro.plate("observations", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z + self.shift, 1.0), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("observations", len(x)):
+            pyro.sample("z", dist.Normal(torch.where(x == 99, torch.nan, x + self.guess), 1.0))
+
+
 class TwoClusters(nn.Module):
     """A user's own story with a discrete latent that the model sums out and the guide leaves alone."""
 

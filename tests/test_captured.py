@@ -11,7 +11,7 @@ import pyro.distributions as dist
 import pytest
 import scipy.stats
 import torch
-from example_stories import STORIES, TwoClusters, TwoLatents, images, rows, small_vae
+from example_stories import STORIES, Fragile, TwoClusters, TwoLatents, images, rows, small_vae
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.nn import PyroModule, PyroParam, pyro_method
 from torch import nn
@@ -479,23 +479,6 @@ def test_svi_cannot_be_compiled():
 
 
 # Steps that are not finite
-
-
-class Fragile(nn.Module):
-    """x ~ N(z + shift, 1), where a row that holds 99 makes the guide's location NaN."""
-
-    def __init__(self):
-        super().__init__()
-        self.shift, self.guess = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(()))
-
-    def model(self, x):
-        with pyro.plate("observations", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z + self.shift, 1.0), obs=x)
-
-    def guide(self, x):
-        with pyro.plate("observations", len(x)):
-            pyro.sample("z", dist.Normal(torch.where(x == 99, torch.nan, x + self.guess), 1.0))
 
 
 @pytest.mark.parametrize("name", ["fused Adam", "Adam", "fused SGD with momentum", "NAdam"])

@@ -14,6 +14,7 @@ import pytest
 import torch
 from example_stories import (
     STORIES,
+    Fragile,
     TwoClusters,
     TwoLatents,
     closed_form_log_evidence,
@@ -239,24 +240,6 @@ def test_batch_norm_and_dropout_train_in_fit_and_rest_outside():
 
 
 # Faults
-
-
-class Fragile(nn.Module):
-    """x ~ N(z + shift, 1), where a row that holds 99 makes the guide's location NaN."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shift = nn.Parameter(torch.zeros(()))
-        self.guess = nn.Parameter(torch.zeros(()))
-
-    def model(self, x):
-        with pyro.plate("observations", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z + self.shift, 1.0), obs=x)
-
-    def guide(self, x):
-        with pyro.plate("observations", len(x)):
-            pyro.sample("z", dist.Normal(torch.where(x == 99, torch.nan, x + self.guess), 1.0))
 
 
 def test_a_step_that_is_not_finite_is_not_taken():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppl_vae.capture import CaptureError, capture
+from ppl_vae.capture import CaptureError, Program, capture
 
 log = logging.getLogger("ppl_vae")
 
@@ -47,10 +47,7 @@ class Replays:
     ) -> Function:
         """The captured function if it gives these values, else the function as it is."""
         try:
-            captured = capture(function, *tensors)
-            program: Function = captured
-            if self.compiled and max(len(tensor) for tensor in tensors) >= ROWS_TO_COMPILE:
-                program = captured.compiled(*tensors)
+            program = self._fastest(name, capture(function, *tensors), tensors)
             replayed = program(*tensors)
         except CaptureError as error:
             log.info("%s is evaluated as it is, because it cannot be captured: %s", name, error)
@@ -59,6 +56,16 @@ class Replays:
             return program
         log.info("%s is evaluated as it is, because its replay gave other values.", name)
         return function
+
+    def _fastest(self, name: Any, program: Program, tensors: tuple[Tensor, ...]) -> Function:
+        """The program, compiled where that is wanted and possible."""
+        if not self.compiled or max(len(tensor) for tensor in tensors) < ROWS_TO_COMPILE:
+            return program
+        try:
+            return program.compiled(*tensors)
+        except CaptureError as error:
+            log.info("%s is captured but not compiled: %s", name, error)
+            return program
 
 
 def _agree(replayed: Tensor, value: Tensor) -> bool:

@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ppl_vae import traces
 from ppl_vae.capture import CaptureError, Program, capture, clones
 from ppl_vae.traces import Story
-from ppl_vae.training.optimizers import frozen_numbers, is_fused, tensors_in, traced_step
-from ppl_vae.training.steps import Tally, Task, average_and_clip
+from ppl_vae.training.optimizers import frozen_numbers, held_by, is_fused, tensors_in, traced_step
+from ppl_vae.training.steps import Tally, Task, average_and_clip, gradients_of
 
 log = logging.getLogger("ppl_vae")
 
@@ -206,16 +206,11 @@ class CapturedEngine:
 def eager_step(task: Task, rows: Tensor) -> tuple[float, bool]:
     """A step as Pyro and torch take it; returns the loss and whether the gradient was finite, so that it was taken."""
     loss = task.loss_and_grads(*task.batch(task.columns, rows))
-    norm = average_and_clip(_held(task.optimizer), len(rows), task.clip)
+    norm = average_and_clip(held_by(task.optimizer), len(rows), task.clip)
     if taken := bool(norm.isfinite()):
         task.optimizer.step()
     task.optimizer.zero_grad()
     return float(loss), taken
-
-
-def _held(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """The parameters that an optimizer moves."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def state_of(task: Task) -> list[Tensor]:
@@ -250,7 +245,7 @@ class StepFunction:
         *others, rows = flat
         given = iter(others)
         parameters = {parameter: next(given) for _, parameter in story.named_parameters()}
-        held = set(_held(self.task.optimizer))
+        held = set(held_by(self.task.optimizer))
         leaves = {
             name: parameters[parameter].detach().requires_grad_(parameter.requires_grad and parameter in held)
             for name, parameter in story.named_parameters()
@@ -265,7 +260,7 @@ class StepFunction:
         divided_later = size if self.optimizer == "fused" and self.task.clip is None else 1
         norm = average_and_clip(leaves.values(), size // divided_later, self.task.clip, together=not self.compiled)
         self.trained = [p for p, leaf in zip(parameters, leaves.values(), strict=True) if leaf.grad is not None]
-        gradients = [leaf.grad for leaf in leaves.values() if leaf.grad is not None]
+        gradients = gradients_of(leaves.values())
         if self.optimizer == "outside":
             return loss.detach(), norm, *gradients
         for parameter, gradient in zip(self.trained, gradients, strict=True):

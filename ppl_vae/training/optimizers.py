@@ -17,6 +17,11 @@ def is_fused(optimizer: torch.optim.Optimizer) -> bool:
     return all(group.get("fused") for group in optimizer.param_groups)
 
 
+def held_by(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """The parameters that an optimizer moves."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def tensors_in(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """What the optimizer remembers of its parameters."""
     return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
@@ -53,7 +58,7 @@ def traced_step(
     Raises:
         CaptureError: when the optimizer holds a parameter that is not the story's, or remembers more than tensors.
     """
-    if any(held not in parameters for group in optimizer.param_groups for held in group["params"]):
+    if any(held not in parameters for held in held_by(optimizer)):
         raise CaptureError("the optimizer holds a parameter that is not the story's")
     ways: dict[str, Any] = {} if fused else {"fused": False, "foreach": False, "capturable": True}
     twin: Any = copy.copy(optimizer)

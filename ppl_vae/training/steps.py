@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, cast
 
 import pyro
 import torch
 from pyro.infer import ELBO
-from pyro.nn import PyroModule
+from pyro.nn import PyroModule, pyro_method
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
@@ -80,15 +81,13 @@ class Task:
     def programs(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """The story's model and guide as ``SVI`` wants them: warmed up, and with their parameters in the store."""
         model, guide = self.warmup(self.story.model), self.warmup(self.story.guide)
-        return (model, guide) if self._registers_itself else (self._register(model), self._register(guide))
-
-    @property
-    def _registers_itself(self) -> bool:
-        """Whether model and guide are a PyroModule's ``pyro_method``s; others put no parameters into the store."""
-        methods = self.story.model, self.story.guide
-        return isinstance(self.story, PyroModule) and all(hasattr(method, "__wrapped__") for method in methods)
+        return self._register(model), self._register(guide)
 
     def _register(self, program: Callable[..., Any]) -> Callable[..., Any]:
+        """The program with its parameters in the store; a PyroModule's methods need not be ``pyro_method``s."""
+        if isinstance(self.story, PyroModule):
+            return partial(pyro_method(lambda story, *columns: program(*columns)), self.story)
+
         def with_parameters(*columns: Tensor) -> Any:
             pyro.module("story", cast(nn.Module, self.story))
             return program(*columns)

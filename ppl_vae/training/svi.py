@@ -7,6 +7,7 @@ from pyro.infer import SVI
 from pyro.optim import PyroOptim
 
 from ppl_vae.precision import matrix_products_in
+from ppl_vae.training.optimizers import held_by
 from ppl_vae.training.steps import Tally, Task, average_and_clip
 
 
@@ -19,7 +20,7 @@ class WholeStoryOptimizer(PyroOptim):
     def __init__(self, optimizer: torch.optim.Optimizer, clip: float | None) -> None:
         super().__init__(type(optimizer), {})
         self.optimizer = optimizer
-        self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.parameters = held_by(optimizer)
         self.clip = clip
         self.num_observations = 1
         self.moved = True
