@@ -10,9 +10,9 @@ from ppl_vae.evidence import convergence
 
 def test_the_last_look_is_the_estimate():
     story, x = small_vae(), images(40)
-    settling = convergence(story, x, num_particles=200)
-    evidence = log_evidence(story, x, method="importance", num_particles=200)
-    assert settling["num_particles"].values.tolist() == [64, 128, 200]
+    settling = convergence(story, x, num_particles=400)
+    evidence = log_evidence(story, x, method="importance", num_particles=400)
+    assert settling["num_particles"].values.tolist() == [128, 256, 400]
     for name in ("estimate", "standard_error"):
         np.testing.assert_allclose(settling[name].isel(num_particles=-1), evidence[name], rtol=1e-12)
 

@@ -317,3 +317,18 @@ def test_rows_whose_weights_are_not_numbers_are_named(method):
     x[[6, 37]] = 1000.0
     with pytest.raises(ValueError, match=r"observations \[6\]"):
         log_evidence(Degenerate(), x, method=method)
+
+
+@pytest.mark.parametrize("method", ["importance", "pyro"])
+def test_equal_draws_of_a_discrete_guide_are_not_taken_for_an_exact_one(float64, method):
+    class NearlySure(ThreeKinds):
+        def guide(self, x):
+            with pyro.plate("observations", len(x)):
+                pyro.sample("kind", dist.Categorical(torch.tensor([1 - 2e-6, 1e-6, 1e-6])))
+
+    x = torch.tensor([-3.0, -2.5])
+    evidence = log_evidence(NearlySure(), x, method=method, num_particles=100)
+    assert evidence["ess"].values == pytest.approx(100)  # the same value every time
+    assert set(evidence["verdict"].values) == {"good"}
+    error = abs(evidence["estimate"].values - NearlySure().log_evidence(x).numpy())
+    assert (error > 1e-5).all() and (error < evidence["standard_error"].values).all()

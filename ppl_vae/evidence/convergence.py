@@ -31,7 +31,7 @@ def convergence(
         columns: as for :func:`ppl_vae.log_evidence`.
         method: ``"importance"``, ``"mixture"``, ``"laplace"``, ``"annealed"``, ``"prior"`` or ``"pyro"``, or one of
             these configured.
-        num_particles: the largest number. Estimates are taken at 64, 128, 256 and so on, and at this number.
+        num_particles: the largest number. Estimates are taken at 128, 256, 512 and so on, and at this number.
         seed: the noise is a function of it.
         device: where to compute; None is where the story is.
         progress: show a bar; None means when standard error is a terminal.

@@ -19,7 +19,7 @@ from ppl_vae.evidence.annealing import Annealing
 from ppl_vae.evidence.escalation import Planned, Settings
 from ppl_vae.evidence.joint import Joint, joint_of, log_densities
 from ppl_vae.evidence.naive import SharedParticles
-from ppl_vae.evidence.proposals import Block, FromDensity, FromGuide, blocks, without_mode
+from ppl_vae.evidence.proposals import Block, FromDensity, FromGuide, FromPyro, blocks, without_mode
 from ppl_vae.evidence.result import Evidence
 from ppl_vae.evidence.sampling import METHODS, PILOT_PARTICLES, Method, draw
 from ppl_vae.evidence.weights import JACKKNIFE_POWERS, WeightSums
@@ -250,6 +250,8 @@ class _Estimation:
             "verdict": np.array(planned.judgement.verdicts, dtype=object),
             "method": _names(planned),
         }
+        if isinstance(planned.proposal, FromGuide | FromPyro) and self.joint.guide_is_discrete:
+            _allow_for_unseen(table, sums)
         if planned.judgement.pareto_k.isnan().all():  # chains: k-hat of so few means nothing
             table["pareto_k"] = planned.judgement.pareto_k
         if (tolerance := self.settings.tolerance) is not None:
@@ -360,6 +362,17 @@ def _of_weights(sums: WeightSums, correction: Correction | None) -> Table:
         "pareto_k": sums.pareto_k,
         "num_particles": np.full(len(estimate), sums.count),
     }
+
+
+def _allow_for_unseen(table: Table, sums: WeightSums) -> None:
+    """Where a discrete guide drew a single value, equal weights do not prove it exact; in place.
+
+    The values that were not drawn have a probability of about 1 / (S + 1) (Laplace's rule of succession), and so has
+    the relative error where their weights are of the size of the others.
+    """
+    at_least = torch.where(sums.constant, 1 / (sums.count + 1), 0.0)
+    table["standard_error"] = table["standard_error"].maximum(at_least)
+    table["verdict"][table["verdict"] == "exact"] = "good"
 
 
 def _names(planned: Planned) -> np.ndarray:

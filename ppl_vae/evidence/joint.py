@@ -269,6 +269,11 @@ class Joint:
         """The number of continuous coordinates; 0 where all latents are discrete."""
         return self.space.dim if self.space else 0
 
+    @property
+    def guide_is_discrete(self) -> bool:
+        """Whether the guide draws a discrete latent."""
+        return self.discrete_in_guide is None or bool(self.discrete_in_guide.values)
+
     def log_prob_of_latents(self, columns: Columns, latents: dict[str, Tensor], num_particles: int) -> Tensor:
         """log p(x, latents) with latents of the guide in their own space and marked sites summed out, shape (S * N,).
 

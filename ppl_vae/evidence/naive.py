@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
-from itertools import pairwise
 
 import torch
 from pyro import poutine
@@ -21,7 +20,7 @@ from ppl_vae.evidence.weights import NonFiniteWeightsError, WeightSums
 from ppl_vae.traces import Columns
 
 PARTICLES_PER_UNIT = 1024
-OBSERVATIONS_AT_ONCE = 4096
+OBSERVATIONS_AT_ONCE = 5120
 MOST_BATCHES = 64
 
 
@@ -53,21 +52,26 @@ class SharedParticles:
             ValueError: naming the observations whose likelihood is NaN or infinite.
         """
         columns = tuple(column[rows] for column in self.columns)
-        sums = WeightSums(len(rows), num_particles, num_powers)
+        sums = WeightSums(len(rows), num_particles, num_powers, with_moments=False)
         ends = torch.linspace(0, num_particles, min(MOST_BATCHES, num_particles) + 1).round().long()
         batches = torch.full((len(ends) - 1, len(rows)), -math.inf, dtype=torch.float64)
         for number, start in enumerate(range(0, num_particles, PARTICLES_PER_UNIT)):
             size = min(PARTICLES_PER_UNIT, num_particles - start)
             with noise.unit(columns[0].device, self.seed, purpose, number):
                 log_likelihood = self._log_likelihood(columns, size)
-            try:
-                sums.update(log_likelihood)
-            except NonFiniteWeightsError as error:
-                numbers = rows[error.rows].tolist()
-                raise ValueError(f"The likelihood is NaN or infinite for the observations {numbers}.") from None
-            _add_to_batches(batches, ends - start, log_likelihood.cpu())
+            bounds = (ends - start).clamp(0, size)
+            for batch, part in enumerate(log_likelihood.split(bounds.diff().tolist())):
+                if len(part):
+                    batches[batch] = torch.logaddexp(batches[batch], self._update(sums, part, rows))
         log_means = batches - ends.diff().log().unsqueeze(1)
         return sums, torch.exp(log_means - sums.log_mean).nan_to_num(0.0).sum(1)
+
+    def _update(self, sums: WeightSums, log_weights: Tensor, rows: Tensor) -> Tensor:
+        try:
+            return sums.update(log_weights)
+        except NonFiniteWeightsError as error:
+            numbers = rows[error.rows].tolist()
+            raise ValueError(f"The likelihood is NaN or infinite for the observations {numbers}.") from None
 
     def _log_likelihood(self, columns: Columns, num_particles: int) -> Tensor:
         """log p(x_n | z_s) of the same prior draws for all these observations, shape (S, N)."""
@@ -84,11 +88,3 @@ class SharedParticles:
 def error_of_mean(batches: Tensor, num_observations: int) -> float:
     """Standard error of the mean estimate, in nats, from the batches of all observations; NaN for a single batch."""
     return float(batches.std() / num_observations / math.sqrt(len(batches))) if len(batches) > 1 else math.nan
-
-
-def _add_to_batches(batches: Tensor, ends: Tensor, log_likelihood: Tensor) -> None:
-    """Adds particles, numbered from 0, to batches that end at these numbers; in place."""
-    bounds = ends.clamp(0, len(log_likelihood)).tolist()
-    for batch, (first, last) in enumerate(pairwise(bounds)):
-        if first < last:
-            batches[batch] = torch.logaddexp(batches[batch], log_likelihood[first:last].logsumexp(0))

@@ -25,7 +25,7 @@ from ppl_vae.traces import Columns
 
 # A unit of noise: so many observations times so many particles, whatever the chunk, the machine or the number of ranks.
 OBSERVATIONS_PER_UNIT = 32
-PARTICLES_PER_UNIT = 64
+PARTICLES_PER_UNIT = 128
 
 
 @dataclass(frozen=True)

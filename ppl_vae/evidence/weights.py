@@ -4,18 +4,21 @@ Notation: ``w`` of shape (S, N) are the weights of S particles for N observation
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Literal, NamedTuple
+from typing import Literal
 
+import numpy as np
 import torch
-from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
+from torch.nn.functional import pad
+
+from ppl_vae.evidence.pareto import ParetoTails, fit_tails
 
 Verdict = Literal["exact", "good", "fair", "poor", "bound", "unresolved"]
 
 GOOD, FAIR = 0.4, 0.7
-SMALLEST_TAIL = 5
 SMALLEST_ROUNDING = 1e-11  # of log weights in float64, after a matrix has been factorized
 
 # The jackknife treats this many of the largest weights one by one. Any two others hold at most 2/22 of the sum, so that
@@ -26,17 +29,11 @@ JACKKNIFE_POWERS = 12
 # How many tails of new weights wait before the largest are picked: picking costs as much for few as for many.
 PATIENCE = 3
 
+# So many weights are worked on at once: what is made of them stays in the processor's cache.
+WEIGHTS_AT_ONCE = 1 << 18
 
-class _ParetoTail(NamedTuple):
-    """A generalized Pareto distribution of the ``length`` largest excesses over a threshold.
-
-    Excesses are relative to the largest weight, and the threshold is the log of a ratio to it.
-    """
-
-    shape: float
-    scale: float
-    length: int
-    threshold: float
+# A weight so many nats below a sum's largest term does not change the sum; exp is slow where its result underflows.
+NATS_OF_NOTHING = 80.0
 
 
 @dataclass
@@ -44,70 +41,96 @@ class WeightSums:
     """Everything an estimate needs from the log weights of ``num_particles`` particles, gathered block by block.
 
     Memory grows with the square root of the number of particles: of the weights only some tails are kept, of the rest
-    only power sums. All in float64.
+    only power sums, in float64.
 
     Args:
         num_observations: N.
         num_particles: S, which sets the length of the tail.
         num_powers: sums of w, w^2 and so on up to this power; :meth:`jackknife` asks for ``JACKKNIFE_POWERS``.
+        with_moments: whether the mean and the spread of the log weights are wanted, too.
     """
 
     num_observations: int
     num_particles: int
     num_powers: int = 2
+    with_moments: bool = True
     count: int = 0
     mean: Tensor = field(init=False)
     sum_of_squared_deviations: Tensor = field(init=False)
     smallest: Tensor = field(init=False)
     rounding: float = 0.0
-    _largest_weights: Tensor = field(init=False, repr=False)  # in descending order when nothing is pending
-    _pending: list[Tensor] = field(init=False, repr=False, default_factory=list)
+    _largest: Tensor = field(init=False, repr=False)  # the kept weights, shape (N, kept), largest first if none waits
+    _waiting: list[Tensor] = field(init=False, repr=False, default_factory=list)
+    _threshold: Tensor | None = field(init=False, repr=False, default=None)  # smaller weights will not be kept
     _dropped_powers: Tensor = field(init=False, repr=False)  # log sums of w^m over the weights no longer kept
-    _pareto_fits: list[_ParetoTail | None] | None = field(init=False, repr=False, default=None)
+    _pareto_tails: ParetoTails | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
         size = self.num_observations
-        self._largest_weights = torch.empty(0, size, dtype=torch.float64)
+        self._largest = torch.empty(size, 0)
         self._dropped_powers = torch.full((self.num_powers, size), -torch.inf, dtype=torch.float64)
         self.mean = torch.zeros(size, dtype=torch.float64)
         self.sum_of_squared_deviations = torch.zeros(size, dtype=torch.float64)
         self.smallest = torch.full((size,), torch.inf, dtype=torch.float64)
 
-    def update(self, log_weights: Tensor) -> None:
+    def update(self, log_weights: Tensor) -> Tensor:
         """Takes in the log weights of some more particles, shape (particles, observations).
 
+        Their exponentials and the sums of this block are as precise as they come, in single or in double precision.
+
+        Returns:
+            the log of the sum of these weights, shape (N,), in float64.
+
         Raises:
-            ValueError: naming the first observation of this block whose weight is NaN or infinite. A weight of zero
+            ValueError: naming the observations of this block whose weight is NaN or infinite. A weight of zero
                 (a log of minus infinity) is legal.
         """
         self.rounding = max(self.rounding, 64 * torch.finfo(log_weights.dtype).eps, SMALLEST_ROUNDING)
-        log_w = log_weights.detach().to("cpu", torch.float64, copy=True)  # ours: it waits, whatever the caller does
-        if bool((bad := log_w.isnan() | (log_w == torch.inf)).any()):
-            raise NonFiniteWeightsError(bad.any(0).nonzero().flatten().tolist())
-        self.smallest = torch.minimum(self.smallest, log_w.amin(0))
-        self._update_moments(log_w)
-        if sum(map(len, self._pending)) > PATIENCE * self._num_kept:
-            self._reduce(in_order=False)
-        self._pending.append(log_w)
-        self._pareto_fits = None
+        log_w = log_weights.detach().cpu().T
+        if bool((bad := ~(log_w.amax(1) < torch.inf)).any()):
+            raise NonFiniteWeightsError(bad.nonzero().flatten().tolist())
+        step = max(1, WEIGHTS_AT_ONCE // len(log_weights))
+        parts = [slice(first, first + step) for first in range(0, self.num_observations, step)]
+        sums, large = zip(*(self._take(log_w[rows], rows) for rows in parts), strict=True)
+        self.count += len(log_weights)
+        if sum(waiting.shape[1] for waiting in self._waiting) > PATIENCE * self._num_kept:
+            self._reduce()
+        self._waiting.append(_stacked(large))
+        self._pareto_tails = None
+        return torch.cat(sums)
 
-    def _reduce(self, in_order: bool) -> None:
+    def _take(self, log_w: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """Of the log weights of some rows, shape (rows, particles): log sums, and those that may be kept."""
+        self.smallest[rows] = self.smallest[rows].minimum(log_w.amin(1).double())
+        if self.with_moments:
+            self._update_moments(log_w, rows)
+        if self._threshold is None:
+            return _log_power_sums(log_w, 1)[0], log_w.clone()  # ours: it waits, whatever the caller does
+        threshold = self._threshold[rows].to(log_w.dtype).unsqueeze(1)
+        is_large = log_w > threshold
+        powers = _log_power_sums(log_w.masked_fill(is_large, -torch.inf), self.num_powers)
+        self._dropped_powers[:, rows] = torch.logaddexp(self._dropped_powers[:, rows], powers)
+        large = _side_by_side(log_w, is_large)
+        return torch.logaddexp(powers[0], _log_power_sums(large, 1)[0]), large
+
+    def _reduce(self) -> None:
         """Keeps the largest weights; the others leave their power sums behind."""
-        weights = torch.cat([self._largest_weights, *self._pending])
-        kept = weights.topk(min(self._num_kept, len(weights)), dim=0, sorted=in_order)
-        if len(weights) > self._num_kept:
-            dropped = weights.scatter_(0, kept.indices, -torch.inf)
+        weights = torch.cat([self._largest, *self._waiting], dim=1)
+        if (surplus := weights.shape[1] - self._num_kept) > 0:
+            parted = weights.numpy()
+            parted.partition(surplus, axis=1)
+            dropped, weights = weights[:, :surplus], weights[:, surplus:].clone()
             self._dropped_powers = torch.logaddexp(self._dropped_powers, _log_power_sums(dropped, self.num_powers))
-        self._largest_weights, self._pending = kept.values, []
+            self._threshold = weights[:, 0].clone()
+        self._largest, self._waiting = weights, []
 
-    def _update_moments(self, log_w: Tensor) -> None:
+    def _update_moments(self, log_w: Tensor, rows: slice) -> None:
         # Chan, Golub & LeVeque 1983: moments of two parts combined, without cancellation.
-        count, mean = len(log_w), log_w.mean(0)
-        shift, total = mean - self.mean, self.count + count
-        within = (log_w - mean).square().sum(0)
-        self.sum_of_squared_deviations += within + shift.square() * self.count * count / total
-        self.mean += shift * count / total
-        self.count = total
+        count, mean = log_w.shape[1], log_w.mean(1)
+        within = torch.linalg.vector_norm(log_w - mean.unsqueeze(1), dim=1).double().square()
+        shift, total = mean - self.mean[rows], self.count + count
+        self.sum_of_squared_deviations[rows] += within + shift.square() * self.count * count / total
+        self.mean[rows] += shift * count / total
 
     @property
     def _tail_length(self) -> int:
@@ -119,14 +142,15 @@ class WeightSums:
 
     @property
     def _kept(self) -> Tensor:
-        """The largest log weights, in descending order."""
-        if self._pending:
-            self._reduce(in_order=True)
-        return self._largest_weights
+        """The largest log weights, in descending order, shape (kept, N)."""
+        if self._waiting:
+            self._reduce()
+            self._largest = self._largest.sort(descending=True).values
+        return self._largest.T.double()
 
     def _power_sums(self, num_powers: int, first: int = 0) -> Tensor:
         """Logs of the sums of w^m for m = 1 to ``num_powers``, over all weights but the ``first`` largest."""
-        kept = self._kept[first:]
+        kept = self._kept[first:].T
         return torch.logaddexp(self._dropped_powers[:num_powers], _log_power_sums(kept, num_powers))
 
     @property
@@ -182,15 +206,12 @@ class WeightSums:
         https://arxiv.org/abs/1507.02646. Infinite where the tail is too short to tell; minus infinity where the weights
         are constant, the best case.
         """
-        shapes = [math.inf if fit is None else fit.shape for fit in self._fits()]
-        return torch.tensor(shapes, dtype=torch.float64).masked_fill(self.constant, -math.inf)
+        return self._tails().shape.nan_to_num(math.inf).masked_fill(self.constant, -math.inf)
 
-    def _fits(self) -> list[_ParetoTail | None]:
-        if self._pareto_fits is None:
-            rounding = self.rounding * self.largest.abs().clamp(min=1)
-            columns = zip(self.tail.T, rounding.tolist(), self.constant.tolist(), strict=True)
-            self._pareto_fits = [None if constant else _fit_pareto(tail, error) for tail, error, constant in columns]
-        return self._pareto_fits
+    def _tails(self) -> ParetoTails:
+        if self._pareto_tails is None:
+            self._pareto_tails = fit_tails(self.tail.T, self.rounding * self.largest.abs().clamp(min=1))
+        return self._pareto_tails
 
     @property
     def pareto_smoothed(self) -> Tensor:
@@ -201,12 +222,10 @@ class WeightSums:
         constant or the tail is too short to fit. Vehtari, Simpson, Gelman, Yao & Gabry 2024, Pareto smoothed
         importance sampling, https://arxiv.org/abs/1507.02646.
         """
-        log_sum = self.log_sum
-        for n, fit in enumerate(self._fits()):
-            if fit is not None and math.isfinite(fit.shape):
-                body = torch.cat([self._dropped_powers[:1, n], self._kept[fit.length :, n]])
-                smoothed = _smoothed(fit) + self.largest[n]
-                log_sum[n] = torch.cat([body, smoothed]).logsumexp(0)
+        log_sum, tails = self.log_sum, self._tails()
+        for n in (tails.shape.isfinite() & ~self.constant).nonzero().flatten().tolist():
+            body = torch.cat([self._dropped_powers[:1, n], self._kept[tails.length[n] :, n]])
+            log_sum[n] = torch.cat([body, tails.smoothed(n) + self.largest[n]]).logsumexp(0)
         return log_sum - math.log(self.count)
 
     def jackknife(self, order: int) -> Tensor:
@@ -273,15 +292,34 @@ class NonFiniteWeightsError(ValueError):
 
 
 def _log_power_sums(log_w: Tensor, num_powers: int) -> Tensor:
-    """Logs of the sums of w^m over the first dimension for m = 1 to ``num_powers``; shape (powers, observations)."""
-    if len(log_w) == 0:
-        return torch.full((num_powers, log_w.shape[1]), -torch.inf, dtype=log_w.dtype)
-    largest = log_w.amax(0).clamp(min=torch.finfo(log_w.dtype).min)
-    w = torch.exp(log_w - largest)
-    power, sums = w.clone(), [w.sum(0)]
+    """Logs of the sums over particles of w^m for m = 1 to ``num_powers``: from (N, S) to (powers, N), in float64."""
+    if log_w.shape[1] == 0:
+        return torch.full((num_powers, len(log_w)), -torch.inf, dtype=torch.float64)
+    largest = log_w.amax(1)
+    ratio = log_w - largest.clamp(min=torch.finfo(log_w.dtype).min).unsqueeze(1)
+    w = ratio.clamp_(min=-NATS_OF_NOTHING).exp_()
+    power, sums = w.clone(), [w.sum(1)]
     for _ in range(1, num_powers):
-        sums.append(power.mul_(w).sum(0))
-    return torch.stack(sums).log() + torch.arange(1, num_powers + 1)[:, None] * largest
+        sums.append(power.mul_(w).sum(1))
+    logs = torch.stack(sums).double().log() + torch.arange(1, num_powers + 1)[:, None] * largest.double()
+    return logs.masked_fill(largest == -torch.inf, -torch.inf)
+
+
+def _side_by_side(log_w: Tensor, wanted: Tensor) -> Tensor:
+    """What is wanted of each row, from the left; rows with fewer are filled up with weights of zero."""
+    mask = wanted.numpy()  # numpy picks several times faster than torch
+    counts = np.count_nonzero(mask, axis=1)
+    row = np.repeat(np.arange(len(counts)), counts)
+    place = np.arange(len(row)) - np.repeat(counts.cumsum() - counts, counts)
+    packed = np.full((len(counts), counts.max()), -np.inf, log_w.numpy().dtype)
+    packed[row, place] = log_w.numpy()[mask]
+    return torch.from_numpy(packed)
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    """Rows of different lengths below one another, filled up with weights of zero."""
+    longest = max(part.shape[1] for part in parts)
+    return torch.cat([pad(part, (0, longest - part.shape[1]), value=-math.inf) for part in parts])
 
 
 def _verdict(pareto_k: float) -> Verdict:
@@ -290,32 +328,6 @@ def _verdict(pareto_k: float) -> Verdict:
     if pareto_k < GOOD:
         return "good"
     return "fair" if pareto_k < FAIR else "poor"
-
-
-# Pareto tails
-
-
-def _fit_pareto(tail: Tensor, rounding: float) -> _ParetoTail | None:
-    """Fits the largest log weights, in descending order, of which the last one is the threshold; None if too short."""
-    threshold = tail[-1] - tail[0]
-    excess = torch.exp(tail - tail[0]) - torch.exp(threshold)
-    excess = excess[(excess > torch.finfo(torch.float64).tiny) & (tail - tail[-1] > rounding)]
-    if len(excess) < SMALLEST_TAIL:
-        return None
-    try:
-        shape, scale = fit_generalized_pareto(excess)
-    except ZeroDivisionError:  # Pyro's grid contains zero where 100 to 120 excesses are equal: discrete latents
-        shape, scale = fit_generalized_pareto(excess[:99])
-    return _ParetoTail(shape, scale, len(excess), threshold.item())
-
-
-def _smoothed(fit: _ParetoTail) -> Tensor:
-    """Logs of the expected order statistics of a tail, relative to the largest raw weight, which they do not exceed."""
-    probabilities = (torch.arange(fit.length, dtype=torch.float64) + 0.5) / fit.length
-    log_survival = torch.log1p(-probabilities)
-    nearly_exponential = abs(fit.shape) < torch.finfo(torch.float64).eps
-    quantiles = -log_survival if nearly_exponential else torch.expm1(-fit.shape * log_survival) / fit.shape
-    return torch.log(fit.scale * quantiles + math.exp(fit.threshold)).clamp(max=0)
 
 
 # The jackknife. The share of a weight in the sum of all is p; weights are the T largest and the rest.
