@@ -43,12 +43,13 @@ class Program:
         with torch.no_grad():
             return self.graph.forward(*tensors)
 
-    def compiled(self, *tensors: Tensor, many_small: bool = False) -> Callable[..., Any]:
+    def compiled(self, *tensors: Tensor, many_small: bool = False, frozen: bool = False) -> Callable[..., Any]:
         """The same operations, fused and compiled by inductor; it draws other random numbers.
 
         Args:
             tensors: an example of what it will be called with.
             many_small: call the operations from C++, which takes longer to build, and saves microseconds for each.
+            frozen: the tensors that are not handed in stay what they are now, so that matrices are packed beforehand.
 
         Raises:
             CaptureError: when inductor cannot, for instance where there is no C++ compiler.
@@ -56,7 +57,7 @@ class Program:
         from torch import _inductor  # a second of imports, for those who compile
 
         try:
-            options = {"cpp_wrapper": many_small and tensors[0].device.type == "cpu"}
+            options = {"cpp_wrapper": many_small and tensors[0].device.type == "cpu", "freezing": frozen}
             with torch.no_grad():
                 return _without_gradients(cast(Any, _inductor.compile(self.graph, list(tensors), options)))
         except Exception as error:  # the compiler's, the linker's, or inductor's own

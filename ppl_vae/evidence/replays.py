@@ -62,7 +62,7 @@ class Replays:
         if not self.compiled or max(len(tensor) for tensor in tensors) < ROWS_TO_COMPILE:
             return program
         try:
-            return program.compiled(*tensors)
+            return program.compiled(*tensors, frozen=True)
         except CaptureError as error:
             log.info("%s is captured but not compiled: %s", name, error)
             return program
