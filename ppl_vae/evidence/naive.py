@@ -52,7 +52,7 @@ class SharedParticles:
             ValueError: naming the observations whose likelihood is NaN or infinite.
         """
         columns = tuple(column[rows] for column in self.columns)
-        sums = WeightSums(len(rows), num_particles, num_powers, with_moments=False)
+        sums = WeightSums(len(rows), num_particles, num_powers, fast=True)
         ends = torch.linspace(0, num_particles, min(MOST_BATCHES, num_particles) + 1).round().long()
         batches = torch.full((len(ends) - 1, len(rows)), -math.inf, dtype=torch.float64)
         for number, start in enumerate(range(0, num_particles, PARTICLES_PER_UNIT)):

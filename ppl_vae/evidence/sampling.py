@@ -71,7 +71,7 @@ def running_sums(
         with block.noise(purpose, number):
             log_weights = proposal.log_weights(min(PARTICLES_PER_UNIT, num_particles - start))
         try:
-            sums.update(log_weights.double())
+            sums.update(log_weights)
         except NonFiniteWeightsError as error:
             raise ValueError(
                 f"Log weights are NaN or infinite for the observations {block.numbers[error.rows].tolist()}. The model "

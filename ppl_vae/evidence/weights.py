@@ -47,13 +47,14 @@ class WeightSums:
         num_observations: N.
         num_particles: S, which sets the length of the tail.
         num_powers: sums of w, w^2 and so on up to this power; :meth:`jackknife` asks for ``JACKKNIFE_POWERS``.
-        with_moments: whether the mean and the spread of the log weights are wanted, too.
+        fast: leave out the moments of the log weights, and take exponentials with the precision of the weights; for
+            many observations at once.
     """
 
     num_observations: int
     num_particles: int
     num_powers: int = 2
-    with_moments: bool = True
+    fast: bool = False
     count: int = 0
     mean: Tensor = field(init=False)
     sum_of_squared_deviations: Tensor = field(init=False)
@@ -76,8 +77,6 @@ class WeightSums:
     def update(self, log_weights: Tensor) -> Tensor:
         """Takes in the log weights of some more particles, shape (particles, observations).
 
-        Their exponentials and the sums of this block are as precise as they come, in single or in double precision.
-
         Returns:
             the log of the sum of these weights, shape (N,), in float64.
 
@@ -86,7 +85,7 @@ class WeightSums:
                 (a log of minus infinity) is legal.
         """
         self.rounding = max(self.rounding, 64 * torch.finfo(log_weights.dtype).eps, SMALLEST_ROUNDING)
-        log_w = log_weights.detach().cpu().T
+        log_w = log_weights.detach().to("cpu", None if self.fast else torch.float64).T
         if bool((bad := ~(log_w.amax(1) < torch.inf)).any()):
             raise NonFiniteWeightsError(bad.nonzero().flatten().tolist())
         step = max(1, WEIGHTS_AT_ONCE // len(log_weights))
@@ -102,7 +101,7 @@ class WeightSums:
     def _take(self, log_w: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """Of the log weights of some rows, shape (rows, particles): log sums, and those that may be kept."""
         self.smallest[rows] = self.smallest[rows].minimum(log_w.amin(1).double())
-        if self.with_moments:
+        if not self.fast:
             self._update_moments(log_w, rows)
         if self._threshold is None:
             return _log_power_sums(log_w, 1)[0], log_w.clone()  # ours: it waits, whatever the caller does
