@@ -8,15 +8,19 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions.zero_inflated import ZeroInflatedDistribution
 from pyro.poutine import Trace
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import MixtureSameFamily, constraints
 
 from ppl_vae import noise, traces
+from ppl_vae.distributions import Columns, Columnwise, Levels, OpenInterval
 from ppl_vae.traces import Site, Story, observed_sites, sample_sites
 
 PLATE = "observations"
@@ -24,8 +28,45 @@ ROWS_AT_ONCE = 4096
 
 Transform = Callable[[Tensor], Tensor]
 
+MIXTURE = "a mixture of "
+
+_NO_COUNTS = (
+    "Numbers that are negative or not whole are no counts: use likelihoods.Normal, Laplace or StudentT (real numbers), "
+    "or LogNormal (above 0)."
+)
 REMEDIES = {
-    "Bernoulli": "Binarize (transform=torch.bernoulli, or binarization='static'), or use likelihoods.Normal.",
+    "Bernoulli": (
+        "Binarize (transform=torch.bernoulli, or binarization='static'), or use likelihoods.ContinuousBernoulli or "
+        "DiscretizedLogistic (grey levels from 0 to 1), Binomial or Poisson (counts), or Normal (real numbers)."
+    ),
+    "ContinuousBernoulli": (
+        "Divide by the largest value that there can be, or use likelihoods.Poisson (counts), LogNormal (above 0), or "
+        "Normal, Laplace or StudentT (real numbers)."
+    ),
+    "Beta": (
+        "Use likelihoods.ContinuousBernoulli where there are exact zeros or ones; beyond them LogNormal (above 0), or "
+        "Normal (real numbers)."
+    ),
+    "LogNormal": (
+        "Use likelihoods.Poisson or NegativeBinomial where zeros are counts, else Normal, Laplace or StudentT (real "
+        "numbers)."
+    ),
+    "Binomial": (
+        "Raise total_count, or use likelihoods.Poisson or NegativeBinomial (counts without a largest one), "
+        "ContinuousBernoulli (from 0 to 1), or Normal (real numbers)."
+    ),
+    "Categorical": (
+        "Number the classes from 0 on and let the network return a logit for each, or use likelihoods.Poisson "
+        "(counts), or Normal (real numbers)."
+    ),
+    "Poisson": _NO_COUNTS,
+    "NegativeBinomial": _NO_COUNTS,
+    "ZeroInflatedPoisson": _NO_COUNTS,
+    "ZeroInflatedNegativeBinomial": _NO_COUNTS,
+    "DiscretizedLogistic": (
+        "Divide whole grey levels by the largest one, levels - 1, or use likelihoods.ContinuousBernoulli (all numbers "
+        "from 0 to 1), or Normal (real numbers)."
+    ),
 }
 
 
@@ -56,7 +97,8 @@ def check(story: Story, *columns: Tensor, transform: Transform | None = None) ->
     Traceback (most recent call last):
         ...
     ValueError: x has values between 0 and 0.9; Bernoulli is a distribution over 0 and 1 (the first outside is in row 0,
-    column 1). Binarize (transform=torch.bernoulli, or binarization='static'), or use likelihoods.Normal.
+    column 1). Binarize (transform=torch.bernoulli, or binarization='static'), or use likelihoods.ContinuousBernoulli or
+    DiscretizedLogistic (grey levels from 0 to 1), Binomial or Poisson (counts), or Normal (real numbers).
     """
     dry_run(story, *columns, transform=transform, gradients=True)
 
@@ -69,13 +111,15 @@ def dry_run(
     check_columns(names, columns)
     device, _ = traces.device_and_dtype(story)
     rows = traces.to_story(story, tuple(column[torch.arange(2) % len(column)] for column in columns))
-    with noise.unit(device, 0, noise.Purpose.CHECK), traces.scoring(story), _kept_buffers(story):
+    with noise.unit(device, 0, noise.Purpose.CHECK), traces.scoring(story), kept_buffers(story):
         if transform is not None:
             rows = (_transformed(transform, names[0], rows[0]), *rows[1:])
         with torch.set_grad_enabled(gradients):
             model_trace, guide_trace = _run(story, names, rows)
-            _check_traces(story, model_trace, guide_trace)
+            # Before scoring: a class that has no logit is an index out of bounds, from which CUDA does not recover.
             _check_support_of_data(story, model_trace, dict(zip(names, columns, strict=True)), rows, transform)
+            _score(model_trace, guide_trace, names, rows)
+            _check_traces(story, model_trace, guide_trace)
             _check_finite_log_probs(model_trace, guide_trace)
             if gradients:
                 _check_gradients(story, model_trace, guide_trace)
@@ -83,7 +127,7 @@ def dry_run(
 
 
 @contextmanager
-def _kept_buffers(story: Story) -> Iterator[None]:
+def kept_buffers(story: Story) -> Iterator[None]:
     """Inside, a run may move buffers; afterwards they hold what they held."""
     before = {name: buffer.clone() for name, buffer in story.named_buffers()}
     try:
@@ -142,9 +186,10 @@ def _check_finite(name: str, column: Tensor, masks: list[Tensor]) -> None:
         )
 
 
-def _first_place(bad: Tensor, first_row: int = 0) -> str:
+def _first_place(bad: Tensor, first_row: int = 0, first_column: int = 0) -> str:
     """Row and column of the first True, in words."""
     row, *position = bad.nonzero()[0].tolist()
+    position[:1] = [first_column + column for column in position[:1]]
     return f"row {first_row + row}" + (f", column {', '.join(map(str, position))}" if position else "")
 
 
@@ -167,19 +212,56 @@ def _check_support_of_data(
 ) -> None:
     """All of a column where a site scores it as it is, otherwise the two rows that the story made of it."""
     for name, site in observed_sites(model_trace).items():
+        if site["fn"].shape() != site["value"].shape:
+            continue  # for _check_observation
         scored = [position for position, value in enumerate(rows) if value is site["value"]]
-        whole = _whole_column_constraint(site["fn"])
-        if not scored or whole is None:
-            _check_values(name, site["fn"], site["fn"].support, site["value"])
+        wholes = [(part, _whole_column_constraint(part.distribution)) for part in _parts(site["fn"])]
+        for part, whole in wholes:
+            if not scored or whole is None:
+                _check_values(name, part, part.distribution.support, site["value"])
+        if not scored:
             continue
         column_name, column = list(columns.items())[scored[0]]
         change = transform if scored[0] == 0 else None
+        shown = column_name if change is None else f"transform({column_name})"
         for first_row in range(0, len(column), ROWS_AT_ONCE):
             (chunk,) = traces.to_story(story, (column[first_row : first_row + ROWS_AT_ONCE],))
             if change is not None:
                 chunk = _transformed(change, column_name, chunk)
-            shown = column_name if change is None else f"transform({column_name})"
-            _check_values(shown, site["fn"], whole, chunk, first_row)
+            for part, whole in wholes:
+                if whole is not None:
+                    _check_values(shown, part, whole, chunk, first_row)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one distribution scores: an observation, or so many columns of a table from the first one on."""
+
+    distribution: Any
+    first_column: int = 0
+    num_columns: int = 0
+
+    def of(self, values: Tensor) -> Tensor:
+        """What of some observations it scores."""
+        if not self.num_columns:
+            return values
+        columns = values.narrow(-1, self.first_column, self.num_columns)
+        return columns if self.distribution.event_dim else columns.squeeze(-1)
+
+    def __str__(self) -> str:
+        if not self.num_columns:
+            return ""
+        last = self.first_column + self.num_columns - 1
+        return f" in column {last}" if self.num_columns == 1 else f" in columns {self.first_column} to {last}"
+
+
+def _parts(distribution: Any) -> list[_Part]:
+    """Those that stand side by side in a table; else the distribution itself."""
+    joint = _unwrapped(distribution)
+    if not isinstance(joint, Columns):
+        return [_Part(distribution)]
+    ends = zip(joint.parts, joint.widths, accumulate(joint.widths), strict=True)
+    return [_Part(part, end - width, width) for part, width, end in ends]
 
 
 def _whole_column_constraint(distribution: dist.TorchDistribution) -> Any:
@@ -187,26 +269,27 @@ def _whole_column_constraint(distribution: dist.TorchDistribution) -> Any:
     constraint = copy(_base_constraint(distribution.support))
     for name, bound in vars(constraint).items():
         if isinstance(bound, Tensor):
-            if len(bound.unique()) > 1:
+            if len(bound.unique()) == 1:
+                bound = bound.flatten()
+            elif bound.dim() != 1 + distribution.event_dim or not bool((bound == bound[:1]).all()):
                 return None
-            setattr(constraint, name, bound.flatten()[0])
+            setattr(constraint, name, bound[0])
     return constraint
 
 
-def _check_values(
-    name: str, distribution: dist.TorchDistribution, support: Any, values: Tensor, first_row: int = 0
-) -> None:
+def _check_values(name: str, part: _Part, support: Any, values: Tensor, first_row: int = 0) -> None:
     if bool((bad := ~torch.isfinite(values)).any()):
         raise ValueError(
             f"{name} is {values[bad][0].item()} in {_first_place(bad, first_row)}, where the model scores it. Fill "
             "missing values (torch.where) before the distribution and mask after it: a mask alone leaves NaN gradients."
         )
+    values = part.of(values)
     if bool((bad := ~support.check(values)).any()):
-        family = _family(distribution)
+        family, place = _family(part.distribution), _first_place(bad, first_row, part.first_column)
+        remedy = REMEDIES.get(family.removeprefix(MIXTURE), "Use a likelihood with the support of the data.")
         raise ValueError(
-            f"{name} has values between {values.min():.3g} and {values.max():.3g}; {family} is a distribution over "
-            f"{_numbers(support)} (the first outside is in {_first_place(bad, first_row)}). "
-            f"{REMEDIES.get(family, 'Use a likelihood with the support of the data.')}"
+            f"{name} has values between {values.min():.3g} and {values.max():.3g}{part}; {family} is a distribution "
+            f"over {_numbers(support)} (the first outside is in {place}). {remedy}"
         )
 
 
@@ -215,17 +298,26 @@ def _check_values(
 
 def _run(story: Story, names: Sequence[str], rows: tuple[Tensor, ...]) -> tuple[Trace, Trace]:
     try:
-        model_trace, guide_trace = traces.run(story, *rows)
+        return traces.run(story, *rows)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise _does_not_run(names, rows, error) from error
+
+
+def _score(model_trace: Trace, guide_trace: Trace, names: Sequence[str], rows: tuple[Tensor, ...]) -> None:
+    try:
         for trace in (model_trace, guide_trace):
             trace.compute_log_prob()
     except (RuntimeError, ValueError, IndexError) as error:
-        shapes = ", ".join(f"{name} {tuple(row.shape)}" for name, row in zip(names, rows, strict=True))
-        raise ValueError(
-            f"The story does not run on two rows ({shapes}): {_reason(error)}. Compare the shapes that its networks "
-            f'take with those of the data; pyro.plate("{PLATE}", len(x)) is as long as the columns, and not '
-            "subsampled; inner dimensions are declared with .to_event."
-        ) from error
-    return model_trace, guide_trace
+        raise _does_not_run(names, rows, error) from error
+
+
+def _does_not_run(names: Sequence[str], rows: tuple[Tensor, ...], error: Exception) -> ValueError:
+    shapes = ", ".join(f"{name} {tuple(row.shape)}" for name, row in zip(names, rows, strict=True))
+    return ValueError(
+        f"The story does not run on two rows ({shapes}): {_reason(error)}. Compare the shapes that its networks "
+        f'take with those of the data; pyro.plate("{PLATE}", len(x)) is as long as the columns, and not '
+        "subsampled; inner dimensions are declared with .to_event."
+    )
 
 
 def _check_traces(story: Story, model_trace: Trace, guide_trace: Trace) -> None:
@@ -351,16 +443,25 @@ def _check_gradients(story: Story, model_trace: Trace, guide_trace: Trace) -> No
 # Names for distributions and their supports
 
 
-def _family(distribution: Any) -> str:
+def _unwrapped(distribution: Any) -> Any:
     while hasattr(distribution, "base_dist") and isinstance(
         distribution, dist.Independent | dist.MaskedDistribution | dist.ExpandedDistribution
     ):
         distribution = distribution.base_dist
+    return distribution
+
+
+def _family(distribution: Any) -> str:
+    distribution = _unwrapped(distribution)
+    if isinstance(distribution, MixtureSameFamily):
+        return MIXTURE + _family(distribution.component_distribution)
+    if isinstance(distribution, ZeroInflatedDistribution):
+        return "ZeroInflated" + _family(distribution.base_dist)
     return type(distribution).__name__
 
 
 def _base_constraint(constraint: Any) -> Any:
-    while isinstance(constraint, constraints.independent):
+    while isinstance(constraint, constraints.independent | constraints.MixtureSameFamilyConstraint):
         constraint = constraint.base_constraint
     return constraint
 
@@ -377,6 +478,10 @@ def _bounds(constraint: Any) -> tuple[list[float], list[float]] | None:
 def _region(constraint: Any) -> object:
     """Equal for two constraints that admit the same numbers; bounds are compared, open or closed ends are not."""
     constraint = _base_constraint(constraint)
+    if isinstance(constraint, Levels):
+        return constraint.levels
+    if isinstance(constraint, Columnwise):
+        return tuple(map(_region, constraint.supports)), tuple(constraint.widths)
     return constraint.is_discrete, _bounds(constraint) or type(constraint).__name__.removesuffix("_vector")
 
 
@@ -385,7 +490,13 @@ def _numbers(constraint: Any) -> str:
     constraint = _base_constraint(constraint)
     if isinstance(constraint, type(constraints.boolean)):
         return "0 and 1"
+    if isinstance(constraint, Levels):
+        return f"the {constraint.levels} numbers k / {constraint.levels - 1} from 0 to 1"
+    if isinstance(constraint, OpenInterval):
+        return f"the numbers between {constraint.lower_bound:g} and {constraint.upper_bound:g}, not these two"
     kind = "whole numbers" if constraint.is_discrete else "numbers"
     if bounds := _bounds(constraint):
+        if isinstance(constraint, constraints.greater_than):
+            return f"numbers above {bounds[0][0]:g}"
         return f"{kind} from {bounds[0][0]:g} to {bounds[1][-1]:g}"
     return f"{type(constraint).__name__.strip('_').lower()} {kind}"

@@ -1,6 +1,7 @@
 """The dry run: each planted defect is explained before any training, a right story passes, nothing is left behind."""
 
 import random
+import re
 from functools import partial
 from types import MethodType
 
@@ -15,6 +16,7 @@ from torch import nn
 from torch.distributions import constraints
 
 from ppl_vae import VAE, check, checks, likelihoods, posteriors, priors, stories
+from ppl_vae.distributions import Beta, Columns
 from ppl_vae.networks import WithLabels, mlp
 
 FAR = checks.ROWS_AT_ONCE + 100
@@ -575,6 +577,166 @@ def test_observation_that_the_story_makes_itself_is_checked_on_two_rows(x):
     assert_says(refusal(Told(model), torch.ones(10, 5)), "Bernoulli", "over 0 and 1", "row 0")
 
 
+def decode(*sizes):
+    return mlp(2, (5, *sizes))
+
+
+# A likelihood, data that it takes, an entry that it does not take, and words of the refusal.
+OUTSIDE = {
+    "Bernoulli": (lambda: likelihoods.Bernoulli(decode()), 1, 0.5, ["over 0 and 1", "ContinuousBernoulli", "Normal"]),
+    "ContinuousBernoulli": (
+        lambda: likelihoods.ContinuousBernoulli(decode()),
+        1,
+        1.25,
+        ["numbers from 0 to 1 (", "Divide by the largest", "Poisson", "LogNormal", "Normal"],
+    ),
+    "Beta": (
+        lambda: likelihoods.Beta(decode(), 0.5),
+        0.5,
+        0,
+        ["numbers between 0 and 1, not these two", "ContinuousBernoulli", "exact zeros", "LogNormal"],
+    ),
+    "LogNormal": (
+        lambda: likelihoods.LogNormal(decode(), 0.5),
+        3,
+        0,
+        ["numbers above 0", "Poisson or NegativeBinomial", "zeros", "Laplace"],
+    ),
+    "Binomial": (
+        lambda: likelihoods.Binomial(decode(), 3),
+        3,
+        4,
+        ["whole numbers from 0 to 3", "Raise total_count", "Poisson", "ContinuousBernoulli"],
+    ),
+    "Categorical": (
+        lambda: likelihoods.Categorical(decode(3)),
+        2,
+        3,
+        ["whole numbers from 0 to 2", "Number the classes from 0", "Poisson"],
+    ),
+    "Poisson": (
+        lambda: likelihoods.Poisson(decode()),
+        3,
+        -1,
+        ["whole numbers from 0 to inf", "negative or not whole", "Normal", "LogNormal"],
+    ),
+    "NegativeBinomial": (lambda: likelihoods.NegativeBinomial(decode(), 0.5), 3, 0.5, ["not whole", "StudentT"]),
+    "ZeroInflatedPoisson": (lambda: likelihoods.ZeroInflatedPoisson(decode(), 0.5), 3, -2, ["negative", "StudentT"]),
+    "ZeroInflatedNegativeBinomial": (
+        lambda: likelihoods.ZeroInflatedNegativeBinomial(decode(), 0.5, 0.5),
+        3,
+        0.5,
+        ["not whole", "Laplace"],
+    ),
+    "DiscretizedLogistic": (
+        lambda: likelihoods.DiscretizedLogistic(decode(), 0.5),
+        200 / 255,
+        200.5 / 255,
+        ["the 256 numbers k / 255 from 0 to 1", "Divide whole grey levels", "ContinuousBernoulli"],
+    ),
+    "a mixture of DiscretizedLogistic": (
+        lambda: likelihoods.MixtureOfDiscretizedLogistics(decode(4), decode(4), 0.5, levels=16),
+        1 / 15,
+        15,
+        ["the 16 numbers k / 15 from 0 to 1", "Divide whole grey levels"],
+    ),
+}
+
+
+@pytest.mark.parametrize("row", [1, FAR])
+@pytest.mark.parametrize("family", OUTSIDE)
+def test_data_outside_of_a_likelihood_are_refused_with_those_that_fit(family, row):
+    make, inside, outside, words = OUTSIDE[family]
+    story = VAE(priors.StandardNormal(2), make(), posteriors.DiagonalNormal(mlp(5, 4)))
+    x = torch.full((FAR + 50, 5), float(inside))
+    check(story, x)
+    x[row, 3] = outside
+    found = f"between {min(inside, outside):.3g} and {max(inside, outside):.3g}; {family} is a distribution over"
+    message = refusal(story, x)
+    assert_says(message, f"x has values {found}", f"row {row}, column 3", "likelihoods.", *words)
+
+
+def test_every_likelihood_that_refuses_anything_says_what_to_use():
+    refusing = set(checks.REMEDIES)
+    assert refusing == {family.removeprefix("a mixture of ") for family in OUTSIDE}
+    named = set(re.findall(r"\b[A-Z][a-z]+[A-Z]?\w*", " ".join(checks.REMEDIES.values())))
+    words = {"Binarize", "Divide", "Number", "Numbers", "Raise", "Use"}
+    assert all(hasattr(likelihoods, name) for name in named - words)
+
+
+def table_story(trunk=None):
+    size = 2 if trunk is None else 8
+    columns = likelihoods.ByColumn(
+        likelihoods.Normal(nn.Linear(size, 2), 1.0),
+        likelihoods.Poisson(nn.Linear(size, 1)),
+        likelihoods.Categorical(nn.Linear(size, 3)),
+        likelihoods.Beta(nn.Linear(size, 2), 0.5),
+        trunk=trunk,
+    )
+    return VAE(priors.StandardNormal(2), columns, posteriors.DiagonalNormal(mlp(6, 4)))
+
+
+def table():
+    x = torch.full((FAR + 50, 6), 0.5)
+    x[:, 2], x[:, 3] = 7, torch.arange(FAR + 50) % 3
+    return x
+
+
+@pytest.mark.parametrize("row", [1, FAR])
+@pytest.mark.parametrize(
+    ("column", "outside", "words"),
+    [
+        (2, -1, ["between -1 and 7 in column 2; Poisson is", "StudentT"]),
+        (3, 3, ["between 0 and 3 in column 3; Categorical is", "from 0 to 2", "Number the classes"]),
+        (5, 1, ["between 0.5 and 1 in columns 4 to 5; Beta is", "column 5)", "ContinuousBernoulli"]),
+    ],
+    ids=["count", "class", "share"],
+)
+def test_the_column_of_a_table_that_refuses_is_named_with_its_family(column, outside, words, row):
+    story, x = table_story(mlp(2, 8)), table()
+    check(story, x)
+    x[row, column] = outside
+    assert_says(refusal(story, x), "x has values", f"the first outside is in row {row}", *words)
+
+
+def test_columns_are_counted_after_the_transform():
+    x = table()
+    x[FAR, 2] = 7.5
+    check(table_story(), x, transform=lambda x: torch.cat([x[:, :2], x[:, 2:3].floor(), x[:, 3:]], 1))
+    message = refusal(table_story(), x, transform=lambda x: x + 0)
+    assert_says(message, "transform(x) has values between 7 and 7.5 in column 2; Poisson is", f"row {FAR}")
+
+
+def test_number_that_is_not_finite_in_a_table_is_named_by_its_column():
+    def transform(x):
+        return torch.where(torch.arange(6) == 4, torch.nan, x)
+
+    assert_says(refusal(table_story(), table(), transform=transform), "is nan in row 0, column 4, where")
+
+
+def test_bounds_that_differ_by_column_are_checked_in_every_row(binary):
+    total = torch.tensor([1, 2, 3, 4, 5])
+    story = VAE(priors.StandardNormal(2), likelihoods.Binomial(decode(), total), posteriors.DiagonalNormal(mlp(5, 4)))
+    check(story, binary * total)
+    binary[FAR, 1] = 3
+    assert_says(refusal(story, binary), "Binomial", "from 0 to 5", f"row {FAR}, column 1")
+
+
+def test_bounds_that_differ_by_row_are_checked_against_their_own_row_of_a_table():
+    def model(self, x, total):
+        with pyro.plate("observations", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            logits = self.decode(z)
+            parts = [dist.Binomial(total, logits=logits[:, 0]), dist.Normal(logits[:, 1:], 1.0).to_event(1)]
+            pyro.sample("x", Columns(parts), obs=x)
+
+    story = Told(model, lambda self, x, total: right_guide(self, x))
+    total = torch.tensor([2.0, 9.0, 9.0])
+    x = torch.cat([total.unsqueeze(-1), torch.randn(3, 4)], 1)
+    check(story, x, total)
+    assert_says(refusal(story, x.flip(0), total), "between 9 and 9 in column 0; Binomial", "row 0")
+
+
 def test_bounds_that_differ_by_row_are_checked_against_their_own_row():
     def model(self, x, total):
         with pyro.plate("observations", len(x)):
@@ -616,6 +778,38 @@ def test_gamma_guide_for_a_normal_prior_is_refused(x):
 def test_guide_on_a_wider_interval_than_its_prior_is_refused(x):
     message = refusal(unit_interval_story(lambda loc: dist.Uniform(torch.zeros_like(loc), 2.0)), x)
     assert_says(message, "Beta over numbers from 0 to 1", "Uniform over numbers from 0 to 2", "with that support")
+
+
+def test_guide_of_other_columns_than_its_prior_is_refused(x):
+    def story(*kinds):
+        def model(self, x):
+            with pyro.plate("observations", len(x)):
+                parts = [dist.Normal(torch.zeros(len(x)), 1.0), dist.LogNormal(torch.zeros(len(x)), 1.0)]
+                z = pyro.sample("z", Columns(parts))
+                pyro.sample("x", dist.Normal(self.decode(z), 1.0).to_event(1), obs=x)
+
+        def guide(self, x):
+            loc = self.encode(x)
+            with pyro.plate("observations", len(x)):
+                pyro.sample("z", Columns([kind(loc[:, i], 1.0) for i, kind in enumerate(kinds)]))
+
+        return Told(model, guide, encode=nn.Linear(5, 2))
+
+    check(story(dist.Laplace, dist.LogNormal), x)
+    assert_says(refusal(story(dist.LogNormal, dist.LogNormal), x), "Columns", "with that support")
+
+
+def test_guide_over_a_closed_interval_covers_a_prior_over_an_open_one(x):
+    def model(self, x):
+        with pyro.plate("observations", len(x)):
+            z = pyro.sample("z", Beta(torch.full((2,), 2.0), torch.tensor(2.0)).to_event(1))
+            pyro.sample("x", dist.Normal(self.decode(z), 1.0).to_event(1), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("observations", len(x)):
+            pyro.sample("z", dist.Beta(*self.encode(x).exp().chunk(2, -1)).to_event(1))
+
+    check(Told(model, guide), x)
 
 
 def test_guide_of_another_event_shape_is_refused(x):

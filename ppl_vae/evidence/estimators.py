@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ppl_vae import checks, noise, traces
+from ppl_vae.distributions import Columnwise
 from ppl_vae.evidence import escalation, naive, quadrature, sharing
 from ppl_vae.evidence.annealing import Annealing
 from ppl_vae.evidence.escalation import Planned, Settings
@@ -418,8 +420,16 @@ def _dataset(parts: list[Table]) -> xr.Dataset:
 
 def _base_measures(story: Story, columns: Columns) -> dict[str, str]:
     """For each scored site, whether its log probabilities are of probabilities or of densities."""
-    sites = sharing.observed_in(story, columns)
-    return {name: "counting" if site["fn"].support.is_discrete else "Lebesgue" for name, site in sites.items()}
+    return {name: _base_measure(site["fn"].support) for name, site in sharing.observed_in(story, columns).items()}
+
+
+def _base_measure(support: Any) -> str:
+    """The measure of each number; where columns of a table differ, of so many of them, in their order."""
+    if not isinstance(support, Columnwise):
+        return "counting" if support.is_discrete else "Lebesgue"
+    parts = zip(support.supports, support.widths, strict=True)
+    runs = [(name, len(list(run))) for name, run in groupby(_base_measure(part) for part, n in parts for _ in range(n))]
+    return runs[0][0] if len(runs) == 1 else "by column " + ", ".join(f"{number} {name}" for name, number in runs)
 
 
 def _fingerprint(story: Story, columns: Columns) -> str:
