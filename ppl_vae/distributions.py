@@ -335,3 +335,33 @@ class Columns(dist.TorchDistribution):
     def _side_by_side(self, values: Iterator[Tensor]) -> Tensor:
         columns = zip(self.parts, values, strict=True)
         return torch.cat([x if part.event_dim else x.unsqueeze(-1) for part, x in columns], -1)
+
+
+# Latents
+
+
+class MultivariateNormal(dist.MultivariateNormal):
+    r"""A normal that scores its own draw :math:`z = \mu + L \epsilon` by the :math:`\epsilon` that it was made from.
+
+    To solve for :math:`\epsilon` again loses digits where L is nearly singular, and its errors are magnified by what
+    else is in L. Training then finds that log q can be made as small as it likes, and an ELBO above every bound.
+
+    >>> q = MultivariateNormal(torch.zeros(7, 2), scale_tril=torch.eye(2))
+    >>> q.log_prob(q.rsample()).shape
+    torch.Size([7])
+    """
+
+    def rsample(self, sample_shape: SampleShape = (), generator: torch.Generator | None = None) -> Tensor:
+        shape = self._extended_shape(torch.Size(sample_shape))
+        noise = torch.empty(shape, dtype=self.loc.dtype, device=self.loc.device).normal_(generator=generator)
+        z = self.loc + (self._unbroadcasted_scale_tril @ noise.unsqueeze(-1)).squeeze(-1)
+        self._drawn = z, noise
+        return z
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        z, noise = getattr(self, "_drawn", (None, None))
+        # A draw made without gradients has none with respect to z: its score is the density's, at a fixed point.
+        if noise is None or value is not z or (torch.is_grad_enabled() and not value.requires_grad):
+            return super().log_prob(value)
+        log_scales = self._unbroadcasted_scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return -(noise.square() + math.log(2 * math.pi)).sum(-1) / 2 - log_scales

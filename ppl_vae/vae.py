@@ -1,8 +1,14 @@
 """The variational autoencoder: two short Pyro programs, how an observation is made and how its latent is guessed."""
 
+from collections.abc import Callable
+
 import pyro
+import pyro.distributions as dist
 from pyro.nn import PyroModule, pyro_method
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributions import Distribution
+
+from ppl_vae.priors import Fixed
 
 
 class VAE(PyroModule):
@@ -12,7 +18,8 @@ class VAE(PyroModule):
     ``Predictive``, ``Importance``, ``NUTS`` and ``poutine`` take them as they are.
 
     Args:
-        prior: ``prior()`` returns p(z).
+        prior: ``prior()`` returns p(z); or p(z) itself, a Pyro distribution that is then held as
+            :class:`ppl_vae.priors.Fixed`.
         decoder: ``decoder(z)`` returns p(x | z).
         encoder: ``encoder(x)`` returns q(z | x).
 
@@ -29,9 +36,14 @@ class VAE(PyroModule):
     torch.Size([3, 2])
     """
 
-    def __init__(self, prior: nn.Module, decoder: nn.Module, encoder: nn.Module) -> None:
+    def __init__(
+        self,
+        prior: Callable[[], dist.TorchDistribution] | dist.TorchDistribution,
+        decoder: Callable[..., dist.TorchDistribution],
+        encoder: Callable[..., dist.TorchDistribution],
+    ) -> None:
         super().__init__()
-        self.prior = prior
+        self.prior = Fixed(prior) if isinstance(prior, Distribution) else prior
         self.decoder = decoder
         self.encoder = encoder
 

@@ -36,7 +36,7 @@ from functools import partial
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import pyro
@@ -222,7 +222,7 @@ def naive(networks: Networks, num_images: int, num_particles: int, rounds: int) 
     """Seconds of a whole call, and of its matrix products."""
     torch.manual_seed(0)
     story, x = vae(networks), torch.rand(num_images, *networks.event).round()
-    weights = layers_of(story.decoder)
+    weights = layers_of(cast(nn.Module, story.decoder))
     inputs = [torch.randn(SHARED_AT_ONCE, weight.shape[1]) for weight in weights]
     logits = torch.randn(SHARED_AT_ONCE, x.shape[1])
 

@@ -46,7 +46,7 @@ from ppl_vae.checks import Transform
 from ppl_vae.networks import convolutional_decoder, convolutional_encoder, mlp
 from ppl_vae.training.captured import CapturedEngine
 from ppl_vae.training.loop import ADAM, _training
-from ppl_vae.training.steps import Engine, KLWarmup, Tally, Task
+from ppl_vae.training.steps import Engine, Tally, Task, Tempering
 from ppl_vae.training.svi import SVIEngine
 
 BATCH_SIZE, LEARNING_RATE, FLOOR, STEPS_PER_SCAN = 128, 1e-3, 1e-4, 50
@@ -188,7 +188,7 @@ def by_the_package(
         optimizer=optimizer,
         clip=None,
         transform=transform,
-        warmup=KLWarmup(),
+        tempering=Tempering(),
         warms_up=False,
         precision=None,
         seed=0,

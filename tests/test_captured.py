@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributions import constraints
 from torch.optim import lr_scheduler
 
-from ppl_vae import VAE, fit, likelihoods, noise, posteriors, priors
+from ppl_vae import VAE, fit, likelihoods, noise, objectives, posteriors, priors
 from ppl_vae.capture import CaptureError
 from ppl_vae.networks import mlp
 from ppl_vae.training import captured
@@ -265,11 +265,61 @@ LOSSES = {
     "Renyi in a plate": RenyiELBO(alpha=0.5, num_particles=3, vectorize_particles=True, max_plate_nesting=1),
     "graph": TraceGraph_ELBO(),
 }
+OBJECTIVES = {
+    "summed out": objectives.SummedOutELBO(2),
+    "importance weighted": objectives.ImportanceWeightedELBO(3, doubly_reparameterized=False),
+    "doubly reparameterized": objectives.ImportanceWeightedELBO(3),
+    "Renyi by row": objectives.RenyiELBO(0.5, 3),
+    "free bits": objectives.FreeBitsELBO(0.1),
+    "free bits of a site": objectives.FreeBitsELBO({"z": 0.1}, num_particles=2),
+}
 
 
-@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
-def test_every_loss_of_pyros_is_captured_with_a_warm_up(loss):
-    assert_same(*by_both(small_vae, (images(),), loss=loss, kl_warmup=3))
+@pytest.mark.parametrize("loss", (LOSSES | OBJECTIVES).values(), ids=(LOSSES | OBJECTIVES).keys())
+def test_every_loss_is_captured_with_a_warm_up_and_a_beta(loss):
+    assert_same(*by_both(small_vae, (images(),), loss=loss, kl_warmup=3, beta=1.3))
+
+
+@pytest.mark.parametrize("loss", OBJECTIVES.values(), ids=OBJECTIVES.keys())
+def test_every_objective_is_captured_where_a_latent_is_summed_out(loss):
+    assert_same(*by_both(TwoClusters, row(), loss=loss, kl_warmup=3, beta={"z": 0.7}))
+
+
+def vamp_vae():
+    """Its prior holds its encoder."""
+    encoder = posteriors.DiagonalNormal(mlp(5, 8, 4))
+    return VAE(priors.VampPrior(encoder, rows(3)), likelihoods.Normal(mlp(2, 8, 5), scale=0.5), encoder)
+
+
+def flow_vae():
+    layers = posteriors.inverse_autoregressive(2, context_dim=3, hidden_dims=(8,))
+    return normal_vae(encoder=lambda: posteriors.Flow(mlp(5, 8, 4 + 3), 2, layers))
+
+
+TOLD_BY_PARTICLES = {
+    name: TOLD[name] for name in ("plain", "convolutional", "conditional", "gamma", "tied", "constrained", "double")
+} | {"shared prior": (vamp_vae, matrix), "flow": (flow_vae, matrix)}
+
+
+@pytest.mark.parametrize("name", TOLD_BY_PARTICLES)
+def test_the_doubly_reparameterized_gradient_is_captured_whatever_the_story(name):
+    make, columns = TOLD_BY_PARTICLES[name]
+    assert_same(*by_both(make, columns(), loss=OBJECTIVES["doubly reparameterized"]))
+
+
+def test_betas_by_site_and_free_bits_are_captured_with_a_warm_up():
+    arguments = {"beta": {"size": 1.7, "factors": 0.3}, "free_bits": {"size": 0.2}, "kl_warmup": 3, "clip": 0.5}
+    assert_same(*by_both(TwoLatents, matrix(), **arguments))
+
+
+@pytest.mark.parametrize("loss", [objectives.SummedOutELBO(2), objectives.FreeBitsELBO(0.1)], ids=["ELBO", "free bits"])
+def test_objectives_learn_a_discrete_guide_by_its_score_when_captured(loss):
+    assert_same(*by_both(Kinds, row(), loss=loss))
+
+
+def test_what_the_default_captures_without_being_asked():
+    assert_same(*by_both(TwoClusters, row(), engine="auto"))
+    assert_same(*by_both(TwoClusters, row(), engine="auto", free_bits=0.5, beta=2.0))
 
 
 def test_particles_in_a_plate_learn_a_discrete_guide_by_its_score():

@@ -19,6 +19,7 @@ from ppl_vae.distributions import (
     ContinuousBernoulli,
     DiscretizedLogistic,
     Levels,
+    MultivariateNormal,
     OpenInterval,
     ZeroInflated,
 )
@@ -371,3 +372,41 @@ def test_pyro_samples_masks_and_expands_it(p):
     mask = torch.tensor([True, False, True, False])
     assert torch.equal(p.mask(mask).log_prob(x) != 0, mask.expand(3, 4))
     assert torch.allclose(copy.deepcopy(p).to_event(1).log_prob(x), p.log_prob(x).sum(1))
+
+
+# Normals that score their own draws
+
+
+def nearly_singular(off_diagonal, dtype=torch.float32):
+    """Its first coordinate has the scale 1e-3 around 3000, and what is lost of it is magnified in the second."""
+    scale_tril = torch.tensor([[1e-3, 0.0], [off_diagonal, 1e-3]], dtype=dtype).requires_grad_()
+    return MultivariateNormal(torch.full((5, 2), 3000.0, dtype=dtype), scale_tril=scale_tril), scale_tril
+
+
+def test_a_draw_of_a_nearly_singular_normal_is_scored_by_its_noise():
+    q, scale_tril = nearly_singular(1000.0)
+    z = q.rsample()
+    noise = q._drawn[1].double().detach()
+    truth = scipy.stats.norm.logpdf(noise).sum(1) - 2 * np.log(1e-3)
+    np.testing.assert_allclose(q.log_prob(z).detach(), truth, rtol=1e-5)
+    lost = dist.MultivariateNormal(q.loc, scale_tril=scale_tril).log_prob(z)  # negative control
+    assert (lost.detach() - torch.as_tensor(truth)).abs().max() > 1e3
+
+
+def test_a_draw_and_any_other_point_have_the_density_and_the_gradient_of_torch():
+    q, scale_tril = nearly_singular(0.5, torch.float64)
+    z = q.rsample()
+    plain = dist.MultivariateNormal(q.loc, scale_tril=scale_tril)
+    for value in (z, z.detach(), z.detach() + 1e-4):
+        found, expected = (p.log_prob(value) for p in (q, plain))
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-4)
+        gradients = [torch.autograd.grad(p.sum(), scale_tril, retain_graph=True)[0].tril() for p in (found, expected)]
+        torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-3)
+
+
+def test_a_draw_without_gradients_is_scored_at_a_fixed_point():
+    q, scale_tril = nearly_singular(0.5, torch.float64)
+    z = q.sample()
+    score = torch.autograd.grad(q.log_prob(z).sum(), scale_tril)[0].tril()
+    plain = dist.MultivariateNormal(q.loc, scale_tril=scale_tril).log_prob(z)
+    torch.testing.assert_close(score, torch.autograd.grad(plain.sum(), scale_tril)[0].tril(), rtol=1e-5, atol=1e-3)

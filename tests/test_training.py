@@ -23,11 +23,12 @@ from example_stories import (
     rows,
     small_vae,
 )
-from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from pyro.nn import PyroModule
 from torch import nn
 
 from ppl_vae import VAE, fit, likelihoods, log_evidence, noise, posteriors, priors
+from ppl_vae.objectives import FreeBitsELBO, ImportanceWeightedELBO, RenyiELBO, SummedOutELBO
 
 
 def weights(story: nn.Module) -> torch.Tensor:
@@ -80,20 +81,50 @@ def test_fit_reaches_the_optimum_of_probabilistic_pca(float64):
     assert optimum - 1e-2 < reached <= optimum + 1e-9
 
 
-@pytest.mark.parametrize(
-    "loss", [TraceMeanField_ELBO(), RenyiELBO(alpha=0, num_particles=2)], ids=["MeanField", "Renyi"]
-)
+LOSSES = {
+    "mean field": TraceMeanField_ELBO(),
+    "Pyro's Renyi": pyro.infer.RenyiELBO(alpha=0, num_particles=2),
+    "importance weighted": ImportanceWeightedELBO(num_particles=2),
+    "Renyi": RenyiELBO(alpha=0.5, num_particles=2),
+    "free bits": FreeBitsELBO(0.5),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
 def test_any_pyro_elbo_may_be_passed(loss):
     story = small_vae()
     history = fit(story, images(), epochs=20, batch_size=8, loss=loss)
     assert history["train_elbo"][-3:].mean() > history["train_elbo"][:3].mean()
 
 
-def test_a_discrete_latent_is_summed_out_by_pyros_own_elbo():
-    story, x = TwoClusters(), torch.randn(200) + 3 * (torch.rand(200) > 0.3)
-    loss = TraceEnum_ELBO(max_plate_nesting=1)
+def two_heaps():
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(200, generator=generator) + 3 * (torch.rand(200, generator=generator) > 0.3)
+
+
+@pytest.mark.parametrize("loss", [None, TraceEnum_ELBO(max_plate_nesting=1)], ids=["default", "Pyro"])
+def test_a_discrete_latent_is_summed_out(loss):
+    story, x = TwoClusters(), two_heaps()
     history = fit(story, x, epochs=30, loss=loss, optimizer=partial(torch.optim.Adam, lr=1e-2), kl_warmup=3)
     assert history["train_elbo"][-1] > history["train_elbo"][3] + 5
+
+
+def test_marked_latents_are_summed_out_by_default_and_captured(float64):
+    def trained(**arguments):
+        story = TwoClusters()
+        torch.nn.init.constant_(story.guess.weight, 0.3)
+        torch.nn.init.constant_(story.guess.bias, -0.1)
+        history = fit(story, two_heaps(), validation=two_heaps()[:50], epochs=3, **arguments)
+        return history, weights(story)
+
+    (history, ours), (summed, same), (_, theirs) = (
+        trained(),
+        trained(loss=SummedOutELBO()),
+        trained(loss=TraceEnum_ELBO(max_plate_nesting=1), engine="svi"),
+    )
+    assert history.engine == summed.engine == "captured"
+    assert torch.equal(ours, same)
+    torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
 
 
 class Undecorated(PyroModule):
@@ -154,6 +185,65 @@ def test_floating_columns_take_the_storys_dtype():
     story = small_vae()
     fit(story, images().double(), epochs=1)
     assert {parameter.dtype for parameter in story.parameters()} == {torch.float32}
+
+
+# Betas and free bits
+
+
+FROZEN = partial(torch.optim.SGD, lr=1e-300)
+
+
+def one_epoch(story, x, **arguments):
+    """What an epoch in which nothing moves says of all the data at once, in training and in validation."""
+    row = fit(story, x, validation=x, epochs=1, batch_size=len(x), optimizer=FROZEN, **arguments).rows[0]
+    return row["train_elbo"], row["validation_elbo"]
+
+
+def test_a_beta_scales_the_latent_terms_in_training_alone(float64):
+    story = linear_gaussian(num_features=4, latent_dim=2, widened=1.5)
+    x = story.model(num_observations=5000).detach()
+    (plain, validated), (scaled, again) = one_epoch(story, x), one_epoch(story, x, beta=4.0)
+    prior = torch.distributions.MultivariateNormal(torch.zeros(2), torch.eye(2))
+    divergence = torch.distributions.kl_divergence(story.encoder(x), prior).mean().item()
+    assert plain - scaled == pytest.approx(3 * divergence, rel=0.05)
+    assert validated == again
+
+
+def test_betas_by_site_multiply_the_warm_up():
+    story = TwoLatents()
+    warming = [one_epoch(story, rows(), beta=beta, kl_warmup=2)[0] for beta in ({"factors": 3.0}, 3.0, 1.0)]
+    halved = [one_epoch(story, rows(), beta=beta)[0] for beta in ({"factors": 1.5, "size": 0.5}, 1.5, 0.5)]
+    assert warming == pytest.approx(halved, rel=1e-5)
+    assert len({round(elbo, 3) for elbo in warming}) == 3
+
+
+def test_free_bits_are_paid_in_training_alone():
+    story, x = small_vae(), images()
+    plain, validated = one_epoch(story, x)
+    free, again = one_epoch(story, x, free_bits=50.0)
+    given, once_more = one_epoch(story, x, loss=FreeBitsELBO(50.0))
+    assert free < plain - 40 and free == given
+    assert validated == again == once_more
+
+
+def test_evidence_after_training_with_beta_and_free_bits_is_that_of_the_weights():
+    story, twin = small_vae(), small_vae()
+    fit(story, images(), epochs=1, beta=0.1, free_bits=1.0)
+    twin.load_state_dict(story.state_dict())
+    found = [log_evidence(each, images(10), method="importance", num_particles=100) for each in (story, twin)]
+    assert (found[0]["estimate"] == found[1]["estimate"]).all()
+
+
+def test_free_bits_keep_a_latent_that_a_beta_would_collapse(float64):
+    truth = linear_gaussian(num_features=4, latent_dim=1, scale=1.0, seed=2)
+    x, prior = truth.model(num_observations=400).detach(), torch.distributions.Normal(0.0, 1.0)
+    costs = []
+    for free_bits in (None, 1.0):
+        encoder = posteriors.DiagonalNormal(nn.Linear(4, 2))
+        story = VAE(priors.StandardNormal(1), likelihoods.Normal(nn.Linear(1, 4), 1.0), encoder)
+        fit(story, x, epochs=60, beta=5.0, free_bits=free_bits, optimizer=partial(torch.optim.Adam, lr=2e-2))
+        costs.append(torch.distributions.kl_divergence(encoder(x).base_dist, prior).mean().item())
+    assert costs[0] < 0.1 and 0.5 < costs[1] < 1.2
 
 
 # Warm-up, validation, patience
@@ -279,6 +369,11 @@ def test_a_frozen_parameter_stays_and_needs_no_warning():
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"kl_warmup": -1}, "kl_warmup must be at least 0"),
         ({"clip": 0.0}, "clip is a gradient norm"),
+        ({"beta": -1.0}, "beta must be at least 0, and finite; found -1"),
+        ({"beta": {"w": 2.0}}, r"beta names \['w'\]; the latents that the guide draws are \['z'\]"),
+        ({"free_bits": math.inf}, "free_bits must be at least 0, and finite; found inf"),
+        ({"free_bits": {"z": 0.1, "x": 2.0}}, r"free_bits names \['x'\]; the latents that the guide draws are \['z'\]"),
+        ({"free_bits": 1.0, "loss": Trace_ELBO()}, r"so is loss=Trace_ELBO\(\.\.\.\); pass one of them"),
         ({"patience": 3}, "pass validation="),
         ({"patience": 0, "validation": images()}, "patience must be at least 1"),
         ({"validation": (images(), images())}, "the 1 columns of the training data; found 2"),

@@ -15,11 +15,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ppl_vae import checks, noise, traces
+from ppl_vae.discrete import log_densities
 from ppl_vae.distributions import Columnwise
 from ppl_vae.evidence import escalation, naive, quadrature, sharing
 from ppl_vae.evidence.annealing import Annealing
 from ppl_vae.evidence.escalation import Planned, Settings
-from ppl_vae.evidence.joint import Joint, joint_of, log_densities
+from ppl_vae.evidence.joint import Joint, joint_of
 from ppl_vae.evidence.naive import SharedParticles
 from ppl_vae.evidence.proposals import Block, FromDensity, FromGuide, FromPyro, blocks, without_mode
 from ppl_vae.evidence.result import Evidence
@@ -434,8 +435,9 @@ def _base_measure(support: Any) -> str:
 
 def _fingerprint(story: Story, columns: Columns) -> str:
     """A hash of the scored columns as they are; of all columns where the model scores something made from them."""
-    positions = sharing.columns_at_sites(story, columns).values()
-    scored = [columns[position] for position in sorted(set(positions))] or columns
+    at_sites = sharing.columns_at_sites(story, columns)
+    as_they_are = set(at_sites) == set(sharing.observed_in(story, columns))
+    scored = [columns[position] for position in sorted(set(at_sites.values()))] if as_they_are else columns
     digest = hashlib.sha256()
     for column in scored:
         digest.update(repr(tuple(column.shape)).encode())

@@ -6,7 +6,7 @@ standard deviations. Discrete latents are summed out, by telling the story once 
 
 from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pyro.distributions as dist
@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 
 from ppl_vae import noise, traces
+from ppl_vae.discrete import Assignments, assignments, log_densities, summed_out
 from ppl_vae.evidence.replays import Replays
 from ppl_vae.precision import matrix_products_in
 from ppl_vae.traces import Columns, Layout, Site, Story, sample_sites
 
 PRIOR_DRAWS = 1000
 ONE_SIGMA = torch.tensor([0.1587, 0.5, 0.8413])
-MAX_ASSIGNMENTS = 4096
 ROWS_AT_ONCE = 8192
 
 
@@ -138,14 +138,14 @@ def _to_support(name: str, site: Site) -> Any:
         ) from None
 
 
-def _of_any_row(name: str, support: Any) -> Any:
-    """The support of one observation, where it is the same for all."""
+def _of_any_row(name: str, support: Any, event_dim: int = 0) -> Any:
+    """The support of one observation, where it is the same for all; its coordinates may have bounds of their own."""
     if isinstance(support, constraints.independent):
-        base = _of_any_row(name, support.base_constraint)
+        base = _of_any_row(name, support.base_constraint, event_dim + support.reinterpreted_batch_ndims)
         return constraints.independent(base, support.reinterpreted_batch_ndims)
     support = copy(support)
     for attribute, bound in list(vars(support).items()):
-        if isinstance(bound, Tensor) and bound.dim():
+        if isinstance(bound, Tensor) and bound.dim() > event_dim:
             if not bool((bound == bound[:1]).all()):
                 raise ValueError(
                     f"The support of site {name!r} differs between observations. Draw it on a fixed support and "
@@ -158,85 +158,6 @@ def _of_any_row(name: str, support: Any) -> Any:
 def latent_sites(trace: Trace) -> dict[str, Site]:
     """The random variables of a trace that are not scored against data."""
     return {name: site for name, site in sample_sites(trace).items() if not site["is_observed"]}
-
-
-# Discrete latents
-
-
-@dataclass(frozen=True)
-class Assignments:
-    """Every joint value of some discrete sites: ``values[name]`` has shape (A, *event)."""
-
-    values: dict[str, Tensor] = field(default_factory=dict)
-    size: int = 1
-
-
-def assignments(sites: dict[str, Site]) -> Assignments:
-    """The joint values of discrete sites with finite support.
-
-    Raises:
-        ValueError: when a support is infinite, differs between observations, or there are more than
-            ``MAX_ASSIGNMENTS`` joint values.
-    """
-    if not sites:
-        return Assignments()
-    supports = [_support_values(name, site["fn"]) for name, site in sites.items()]
-    size = 1
-    for support in supports:
-        size *= len(support)
-    if size > MAX_ASSIGNMENTS:
-        raise ValueError(
-            f"The discrete sites {list(sites)} have {size} joint values, more than {MAX_ASSIGNMENTS} to sum over. Let "
-            "the guide draw some of them instead of marking them for enumeration."
-        )
-    indices = torch.cartesian_prod(*(torch.arange(len(support)) for support in supports)).reshape(size, -1)
-    values = {name: s[indices[:, i].to(s.device)] for i, (name, s) in enumerate(zip(sites, supports, strict=True))}
-    return Assignments(values, size)
-
-
-def _support_values(name: str, fn: Any) -> Tensor:
-    """The values that a discrete site can take, shape (values, *event)."""
-    base = fn
-    while isinstance(base, dist.Independent):
-        base = base.base_dist
-    try:
-        values = base.enumerate_support(expand=False)
-    except NotImplementedError as error:
-        raise ValueError(f"Site {name!r} cannot be summed out: {error}") from None
-    values = values.reshape(len(values), *base.event_shape)
-    if base is fn:
-        return values
-    elements = fn.event_shape.numel() // base.event_shape.numel()
-    if len(values) ** elements > MAX_ASSIGNMENTS:
-        raise ValueError(
-            f"Site {name!r} has {len(values)}^{elements} values, more than {MAX_ASSIGNMENTS} to sum over; let the "
-            "guide draw it instead."
-        )
-    indices = torch.cartesian_prod(*[torch.arange(len(values))] * elements).reshape(-1, elements)
-    return values[indices.to(values.device)].reshape(-1, *fn.event_shape)
-
-
-def tell(program: Callable[..., Any], rows: Columns, latents: dict[str, Tensor]) -> Trace:
-    """The trace of a model or a guide in which these latents have these values, one for each row."""
-    return poutine.trace(poutine.condition(program, data=latents)).get_trace(*rows)
-
-
-def log_densities(
-    program: Callable[..., Any], rows: Columns, latents: dict[str, Tensor], summed: Assignments
-) -> tuple[Tensor, Tensor]:
-    """log p(latents) and log p(latents, x) of each row, shapes (R,), with the sites in ``summed`` summed out."""
-    num_rows = len(rows[0])
-    repeated = {name: value.repeat(summed.size, *(1 for _ in value.shape[1:])) for name, value in latents.items()}
-    assigned = {name: value.repeat_interleave(num_rows, dim=0) for name, value in summed.values.items()}
-    told = repeated | assigned
-    trace = tell(program, traces.as_rows(rows, summed.size), told)
-    sites = sample_sites(trace)
-    log_prior = traces.log_prob(trace, {name: site for name, site in sites.items() if name in told})
-    log_likelihood = traces.log_prob(trace, {name: site for name, site in sites.items() if name not in told})
-    return tuple(  # pyright: ignore[reportReturnType]
-        log_p.expand(summed.size * num_rows).reshape(summed.size, num_rows).logsumexp(0)
-        for log_p in (log_prior, log_prior + log_likelihood)
-    )
 
 
 # The joint density
@@ -460,7 +381,7 @@ def joint_of(
         model_trace, guide_trace = traces.run(story, *rows)
         layout = layout or traces.fastest_layout(story, rows)
     in_model, in_guide = (_discrete(latent_sites(trace)) for trace in (model_trace, guide_trace))
-    marked = assignments({name: site for name, site in in_model.items() if name not in traces.nodes(guide_trace)})
+    marked = assignments(summed_out(model_trace, guide_trace))
     try:
         space, why_not = latent_space(story, columns), ""
     except ValueError as error:  # importance sampling does without it

@@ -16,8 +16,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ppl_vae import traces
+from ppl_vae.discrete import tell
 from ppl_vae.evidence import sharing
-from ppl_vae.evidence.joint import Joint, tell
+from ppl_vae.evidence.joint import Joint
 from ppl_vae.traces import Columns, sample_sites
 
 TOLERANCE = 2.5e-3  # nats

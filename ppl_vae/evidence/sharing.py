@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from ppl_vae import noise, traces
-from ppl_vae.evidence.joint import latent_sites, tell
+from ppl_vae.discrete import tell
+from ppl_vae.evidence.joint import latent_sites
 from ppl_vae.traces import Columns, Site, Story, observed_sites
 
 

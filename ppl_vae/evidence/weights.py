@@ -247,7 +247,7 @@ class WeightSums:
             ValueError: when the order is another, there are not more particles than it, or the power sums are missing.
 
         >>> sums = WeightSums(num_observations=1, num_particles=3, num_powers=JACKKNIFE_POWERS)
-        >>> sums.update(torch.tensor([[1.0], [2.0], [3.0]]).log())
+        >>> _ = sums.update(torch.tensor([[1.0], [2.0], [3.0]]).log())
         >>> print(f"{sums.jackknife(1).item():.4f}")  # 3 log 2 - 2 (log 2.5 + log 2 + log 1.5) / 3
         0.7362
         """

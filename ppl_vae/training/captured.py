@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ppl_vae import traces
-from ppl_vae.capture import CaptureError, Program, capture, clones
+from ppl_vae.capture import CaptureError, Program, capture, clones, first_line
 from ppl_vae.traces import Story
 from ppl_vae.training.optimizers import frozen_numbers, held_by, is_fused, tensors_in, traced_step
 from ppl_vae.training.steps import Tally, Task, average_and_clip, gradients_of
@@ -31,6 +31,7 @@ LARGEST_DIFFERENCE = 1e-3
 
 # What compilation costs and saves on two cores, rounded to its disadvantage (docs/performance.md).
 SECONDS_TO_COMPILE = 30.0
+SECONDS_TO_COMPILE_EACH = 0.1  # operation, where there are many
 SECONDS_SAVED_PER_STEP = 4e-4
 SHARE_OF_ARITHMETIC_SAVED = 0.1
 FLOPS_PER_SECOND = 1e11
@@ -107,8 +108,7 @@ class CapturedEngine:
 
     def _inputs(self) -> list[Tensor]:
         """What every step of an epoch is handed, but for its rows."""
-        _, dtype = traces.device_and_dtype(self.task.story)
-        factor = torch.tensor(self.task.warmup.factor, dtype=dtype)
+        factor = torch.tensor(self.task.tempering.factor, dtype=torch.float64)  # as precise as Python's own
         kind = torch.float32 if self.on_cuda else torch.float64  # what fused optimizers read there
         rates = [torch.tensor(float(group["lr"]), dtype=kind) for group in self.task.optimizer.param_groups]
         numbers = [number.to(self.task.device) for number in (factor, *rates)]
@@ -117,11 +117,12 @@ class CapturedEngine:
     def _capture(self, epoch: int, batches: Sequence[Tensor]) -> None:
         """Traces a step of each batch size, and compares its first replay with an eager step."""
         self.steps, self.group, self.has_compiled = {}, None, False
+        operations = 0
         for number in {0, len(batches) - 1}:
             rows = batches[number]
             if len(rows) in self.steps:
                 continue
-            step = _captured(self.task, [*self._inputs(), rows])
+            step, operations = _captured(self.task, [*self._inputs(), rows])
             self.task.reseed(epoch, number)
             with _unchanged(self.task) as before:
                 loss, _ = step(*self._inputs(), rows)
@@ -133,13 +134,13 @@ class CapturedEngine:
             self.steps[len(rows)] = step
         if self.on_cuda:
             self.steps = {len(rows): self._graphed(rows) for rows in (batches[0], batches[-1])}
-        elif self.compiled or (self.compiled is None and self._pays()):
+        elif self.compiled or (self.compiled is None and self._pays(operations)):
             self._compile(batches[0])
 
-    def _pays(self) -> bool:
-        """Whether compiling saves more time than it takes."""
+    def _pays(self, operations: int) -> bool:
+        """Whether compiling a step of so many operations saves more time than it takes."""
         seconds = SECONDS_SAVED_PER_STEP + SHARE_OF_ARITHMETIC_SAVED * self.flops / FLOPS_PER_SECOND
-        return self.total_steps * seconds > SECONDS_TO_COMPILE
+        return self.total_steps * seconds > max(SECONDS_TO_COMPILE, SECONDS_TO_COMPILE_EACH * operations)
 
     def _several(self, inputs: list[Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
         """Several steps in one compiled call; one by one, if that met a gradient that is not finite."""
@@ -197,7 +198,10 @@ class CapturedEngine:
     def _graphed(self, rows: Tensor) -> Step:
         """A step as one CUDA graph."""
         with _unchanged(self.task):
-            return _CudaGraph(self.steps[len(rows)], [*self._inputs(), rows], num_constant=len(state_of(self.task)))
+            try:
+                return _CudaGraph(self.steps[len(rows)], [*self._inputs(), rows], num_constant=len(state_of(self.task)))
+            except RuntimeError as error:  # for instance a shape that depends on the data
+                raise CaptureError(f"CUDA cannot record its step ({first_line(error)})") from error
 
 
 # A step
@@ -278,14 +282,14 @@ class StepFunction:
         originals = dict(task.story.named_parameters()) | dict(task.story.named_buffers())
         instead = {id(originals[name]): tensor for name, tensor in (leaves | buffers).items()}
         tensors = {f"story.{name}": instead[id(tensor)] for name, tensor in _places(task.story)}
-        given, task.warmup.factor = task.warmup.factor, factor if task.warms_up else 1.0
+        given, task.tempering.factor = task.tempering.factor, factor if task.warms_up else 1.0
         try:
             with traces.own_parameter_store(), poutine.trace(param_only=True) as touched:
                 loss = torch.func.functional_call(
                     _Around(task.story), tensors, (task.loss_and_grads, *batch), tie_weights=False
                 )
         finally:
-            task.warmup.factor = given
+            task.tempering.factor = given
         for name, site in traces.nodes(touched.trace).items():
             if site["type"] == "param" and id(_unconstrained(site["value"])) not in known:
                 raise CaptureError(f"the parameter {name!r} is not the story's own (a bare pyro.param)")
@@ -323,16 +327,17 @@ class _Around(nn.Module):
         return function(*arguments)
 
 
-def _captured(task: Task, inputs: Sequence[Tensor]) -> Step:
-    """A replayable step; the optimizer is inside where a fused operation, or CUDA, allows it."""
+def _captured(task: Task, inputs: Sequence[Tensor]) -> tuple[Step, int]:
+    """A replayable step, and its number of operations; the optimizer is inside where it is fused, or CUDA allows it."""
     for optimizer in _inside(task):
         try:
-            return _trainable(capture(StepFunction(task, optimizer), *inputs))
+            program = _trainable(capture(StepFunction(task, optimizer), *inputs))
+            return program, len(program.graph.graph.nodes)
         except CaptureError as error:
             log.debug("the optimizer stays outside the captured step: %s", error)
     function = StepFunction(task, "outside")
     program = _trainable(capture(function, *inputs))
-    return _with_eager_optimizer(program, function.trained, task.optimizer)
+    return _with_eager_optimizer(program, function.trained, task.optimizer), len(program.graph.graph.nodes)
 
 
 def _inside(task: Task) -> Sequence[Literal["fused", "guarded"]]:

@@ -5,7 +5,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal, cast
@@ -16,14 +16,15 @@ from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor
 from tqdm import tqdm
 
-from ppl_vae import checks, noise, traces
+from ppl_vae import checks, discrete, noise, objectives, traces
 from ppl_vae.capture import CaptureError
 from ppl_vae.checks import Transform
 from ppl_vae.noise import Purpose
-from ppl_vae.traces import Story
+from ppl_vae.objectives import FreeBitsELBO, SummedOutELBO
+from ppl_vae.traces import Columns, Story, sample_sites
 from ppl_vae.training.captured import CapturedEngine
 from ppl_vae.training.history import History, Row
-from ppl_vae.training.steps import Engine, KLWarmup, Optimizer, Tally, Task
+from ppl_vae.training.steps import Engine, Optimizer, Tally, Task, Tempering
 from ppl_vae.training.svi import SVIEngine
 
 log = logging.getLogger("ppl_vae")
@@ -49,6 +50,8 @@ def fit(
     compile: bool | None = None,
     mixed_precision: bool = False,
     kl_warmup: int = 0,
+    beta: float | Mapping[str, float] = 1.0,
+    free_bits: float | Mapping[str, float] | None = None,
     schedule: Schedule | None = None,
     clip: float | None = None,
     patience: int | None = None,
@@ -70,7 +73,8 @@ def fit(
         validation: held-out data with the same columns (one tensor, or a tuple).
         batch_size: observations per step.
         optimizer: makes a torch optimizer of the story's parameters.
-        loss: a Pyro ELBO; None is a new ``Trace_ELBO()``.
+        loss: a Pyro ELBO, or one of :mod:`ppl_vae.objectives`. None is a new ``Trace_ELBO()``, or ``SummedOutELBO()``
+            where the model marks latents ``infer={"enumerate": "parallel"}`` that the guide does not draw.
         transform: applied to each batch's first column on the device, for instance ``torch.bernoulli`` (dynamic
             binarization). Validation data are taken as they are.
         engine: ``"svi"`` is ``pyro.infer.SVI``, the reference. ``"captured"`` traces its step once and replays it,
@@ -81,6 +85,11 @@ def fit(
         mixed_precision: matrix products and convolutions in bfloat16, densities and loss in the story's dtype.
         kl_warmup: epochs over which the latent terms grow from 1/kl_warmup to their full weight. Patience counts
             after them.
+        beta: multiplies the latent terms, log p(z) and log q(z | x), in training: a number, or one by site name (then
+            1 for the others). Above 1 latents are held to their prior; validation and evidence never see it.
+        free_bits: nats per observation that a latent may cost before it is held to its prior: a number for each, or by
+            site name (then 0 for the others). The loss is then :class:`ppl_vae.objectives.FreeBitsELBO`, but for
+            validation.
         schedule: makes a torch learning rate scheduler of the optimizer, stepped after each epoch.
         clip: largest norm of the gradient of the mean loss per observation.
         patience: stop after so many epochs without a better validation ELBO.
@@ -109,6 +118,7 @@ def fit(
     """
     held_out = () if validation is None else (validation,) if isinstance(validation, Tensor) else tuple(validation)
     _check_arguments(columns, held_out, epochs, batch_size, kl_warmup, clip, patience, engine, compile)
+    _check_objective(loss, beta, free_bits)
     if device is not None:
         story.to(device)
     checks.check(story, *columns, transform=transform)
@@ -116,14 +126,17 @@ def fit(
         checks.dry_run(story, *held_out)
     columns, held_out = traces.to_story(story, columns), traces.to_story(story, held_out)
     device, _ = traces.device_and_dtype(story)
+    drawn, summed_out = _latents(story, columns, transform)
+    objectives.check_names("beta", beta, drawn)
+    objectives.check_names("free_bits", free_bits or {}, drawn)
+    elbo, held_out_elbo = _losses(loss, free_bits, sums_out=bool(summed_out))
 
     torch_optimizer = optimizer([parameter for _, parameter in story.named_parameters() if parameter.requires_grad])
     torch_optimizer.zero_grad()
     scheduler = schedule(torch_optimizer) if schedule else None
-    elbo, warmup = Trace_ELBO() if loss is None else copy.copy(loss), KLWarmup()
-    dtype = torch.bfloat16 if mixed_precision else None
+    tempering, dtype = Tempering(beta), torch.bfloat16 if mixed_precision else None
     task = Task(
-        story, columns, batch_size, elbo, torch_optimizer, clip, transform, warmup, bool(kl_warmup), dtype, seed
+        story, columns, batch_size, elbo, torch_optimizer, clip, transform, tempering, bool(kl_warmup), dtype, seed
     )
     engines = _Engines(task, engine, compile, epochs * math.ceil(len(columns[0]) / batch_size))
     history, tally = History(engine=engines.current.name), None
@@ -133,17 +146,16 @@ def fit(
     with bar, best, _training(story, device):
         for epoch in range(1, epochs + 1):
             started = time.perf_counter()
-            warmup.factor = min(1.0, epoch / kl_warmup) if kl_warmup else 1.0
+            tempering.factor = min(1.0, epoch / kl_warmup) if kl_warmup else 1.0
             row: Row = {"epoch": epoch, "step": epoch * math.ceil(len(columns[0]) / batch_size)}
             tally = Tally(task, epoch, tally.skipped_in_a_row if tally else 0)
             history.engine = engines.take_epoch(tally)
             row |= tally.row
-            row |= {"kl_factor": warmup.factor, "learning_rate": torch_optimizer.param_groups[0]["lr"]}
+            row |= {"kl_factor": tempering.factor, "learning_rate": torch_optimizer.param_groups[0]["lr"]}
             if scheduler is not None:
                 scheduler.step()
             if held_out:
-                warmup.factor = 1.0
-                row["validation_elbo"] = _validate(task, held_out)
+                row["validation_elbo"] = _validate(task, held_out_elbo, held_out)
             row["seconds"] = round(time.perf_counter() - started, 4)
             history.rows.append(row)
             stop = best.seen(row)
@@ -185,14 +197,35 @@ class _Engines:
         return self.current.name
 
 
-def _validate(task: Task, held_out: tuple[Tensor, ...]) -> float:
-    """The objective on held-out data at factor 1 in eval mode, with the same noise every time."""
-    total = 0.0
+def _latents(story: Story, columns: Columns, transform: Transform | None) -> tuple[list[str], list[str]]:
+    """The latents that the guide draws, and those that are summed out of the model, by name."""
+    rows = tuple(column[:2] for column in columns)
+    device, _ = traces.device_and_dtype(story)
+    with noise.unit(device, 0, Purpose.CHECK), traces.scoring(story), checks.kept_buffers(story):
+        rows = rows if transform is None else (transform(rows[0]), *rows[1:])
+        model_trace, guide_trace = traces.run(story, *rows)
+    return list(sample_sites(guide_trace)), list(discrete.summed_out(model_trace, guide_trace))
+
+
+def _losses(loss: ELBO | None, free_bits: float | Mapping[str, float] | None, sums_out: bool) -> tuple[ELBO, ELBO]:
+    """The loss to train by, and the one of held-out data, which has no free bits."""
+    elbo = SummedOutELBO() if sums_out else Trace_ELBO()
+    if free_bits is not None:
+        return FreeBitsELBO(free_bits), elbo
+    if loss is None:
+        return elbo, elbo
+    ours = copy.copy(loss)
+    return ours, elbo if isinstance(loss, FreeBitsELBO) else ours
+
+
+def _validate(task: Task, elbo: ELBO, held_out: Columns) -> float:
+    """The objective on held-out data in eval mode, its latent terms unscaled, with the same noise every time."""
+    total, size = 0.0, math.ceil(VALIDATION_ROWS / elbo.num_particles)
     with traces.evaluating(task.story):
-        for start in range(0, len(held_out[0]), VALIDATION_ROWS):
+        for start in range(0, len(held_out[0]), size):
             noise.reseed(task.device, task.seed, Purpose.VALIDATION, start)
-            rows = (column[start : start + VALIDATION_ROWS] for column in held_out)
-            total -= float(cast(Any, task.loss).loss(*task.programs(), *rows))
+            rows = (column[start : start + size] for column in held_out)
+            total -= float(cast(Any, elbo).loss(*task.programs(tempered=False), *rows))
     return total / len(held_out[0])
 
 
@@ -239,6 +272,17 @@ class _Best:
     def __exit__(self, *exception: object) -> None:
         if self.weights is not None:
             self.story.load_state_dict(self.weights)
+
+
+def _check_objective(
+    loss: ELBO | None, beta: float | Mapping[str, float], free_bits: float | Mapping[str, float] | None
+) -> None:
+    objectives.check_numbers("beta", beta)
+    objectives.check_numbers("free_bits", free_bits or 0.0)
+    if loss is not None and free_bits is not None:
+        raise ValueError(
+            f"free_bits is an objective of its own, and so is loss={type(loss).__name__}(...); pass one of them."
+        )
 
 
 def _check_arguments(

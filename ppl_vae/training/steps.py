@@ -1,6 +1,6 @@
 """One step of training: what is learned from which data, and what happens to a gradient before it moves anything."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, cast
@@ -12,7 +12,7 @@ from pyro.nn import PyroModule, pyro_method
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from ppl_vae import noise, traces
+from ppl_vae import noise, objectives, traces
 from ppl_vae.checks import Transform
 from ppl_vae.noise import Purpose
 from ppl_vae.precision import matrix_products_in
@@ -23,19 +23,25 @@ SKIPPED_STEPS_ALLOWED = 10
 Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
-class KLWarmup(Messenger):
-    """Multiplies log p(z) and log q(z | x) by ``factor``, and leaves log p(x | z) alone.
+class Tempering(Messenger):
+    """Multiplies log p(z) and log q(z | x) of a latent by ``factor`` and by its beta, and leaves log p(x | z) alone.
 
-    Bowman et al. 2016, https://arxiv.org/abs/1511.06349. In training only: what is scaled is not a bound on log p(x).
+    A factor that grows to 1 is a warm-up: Bowman et al. 2016, https://arxiv.org/abs/1511.06349. A beta stays: Higgins
+    et al. 2017, https://openreview.net/forum?id=Sy2fzU9gl. In training only: what is scaled is not a bound on log p(x).
+
+    Args:
+        beta: for all latents, or by site name (then 1 for the others).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, beta: float | Mapping[str, float] = 1.0) -> None:
         super().__init__()
+        self.beta = beta
         self.factor: float | Tensor = 1.0
 
     def _pyro_sample(self, msg: Any) -> None:
         if not msg["is_observed"]:
-            msg["scale"] = msg["scale"] * self.factor
+            beta = objectives.number_of(msg["name"], self.beta, 1.0)
+            msg["scale"] = msg["scale"] * (self.factor if beta == 1 else self.factor * beta)
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class Task:
     """What an engine does for an epoch: which story learns from which batches, by which loss and optimizer.
 
     Attributes:
-        warms_up: whether the factor of ``warmup`` ever differs from 1.
+        warms_up: whether the factor of ``tempering`` ever differs from 1.
         precision: dtype of matrix products; None is the story's.
     """
 
@@ -54,7 +60,7 @@ class Task:
     optimizer: torch.optim.Optimizer
     clip: float | None
     transform: Transform | None
-    warmup: KLWarmup
+    tempering: Tempering
     warms_up: bool
     precision: torch.dtype | None
     seed: int
@@ -78,9 +84,11 @@ class Task:
         batch = tuple(column.index_select(0, rows) for column in columns)
         return batch if self.transform is None else (self.transform(batch[0]), *batch[1:])
 
-    def programs(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """The story's model and guide as ``SVI`` wants them: warmed up, and with their parameters in the store."""
-        model, guide = self.warmup(self.story.model), self.warmup(self.story.guide)
+    def programs(self, tempered: bool = True) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """The story's model and guide as ``SVI`` wants them: tempered, and with their parameters in the store."""
+        model, guide = self.story.model, self.story.guide
+        if tempered:
+            model, guide = self.tempering(model), self.tempering(guide)
         return self._register(model), self._register(guide)
 
     def _register(self, program: Callable[..., Any]) -> Callable[..., Any]:
