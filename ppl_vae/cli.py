@@ -7,7 +7,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, fields
 from datetime import datetime
 from functools import partial
@@ -18,9 +18,11 @@ from ppl_vae import configuration
 from ppl_vae.configuration import (
     CHOICES,
     SPLITS,
+    STORY_SLOTS,
     ComparisonConfiguration,
     DataConfiguration,
     EvidenceConfiguration,
+    Source,
     StoryConfiguration,
     TrainingConfiguration,
 )
@@ -61,8 +63,13 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--out", type=Path, help="folder of the run (default: runs/<time>)")
     _add_output_options(train)
     _add_options(train.add_argument_group("data"), DataConfiguration)
-    _add_story_options(train.add_argument_group("story"))
-    _add_options(train.add_argument_group("training and evidence"), TrainingConfiguration)
+    story = train.add_argument_group("story")
+    story.add_argument("--story", metavar="FILE.py:CLASS", help="a story of your own, from a file, which is run")
+    _add_options(story, StoryConfiguration)
+    _add_choices(story, STORY_SLOTS)
+    training = train.add_argument_group("training and evidence")
+    _add_options(training, TrainingConfiguration)
+    _add_choices(training, ("objective",))
 
     evidence = commands.add_parser(
         "evidence", help="log p(x) of the data of a run, with its error and a verdict", description=_evidence.__doc__
@@ -85,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.set_defaults(command=_compare)
     compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of at least two runs")
+    compare.add_argument("--plot", type=Path, metavar="FILE", help="a new picture .png of the paired differences")
     _add_evidence_options(compare, ComparisonConfiguration)
 
     sample = commands.add_parser("sample", help="draw new observations from a run", description=_sample.__doc__)
@@ -93,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--num-observations", type=int, default=64, help="how many (default: 64)")
     sample.add_argument("--seed", type=int, default=0, help="rules the draws (default: 0)")
     sample.add_argument("--out", type=Path, help="files without their suffix (default: RUN/new-<seed>)")
+    _add_own_stories(sample)
     _add_output_options(sample)
     return parser
 
@@ -102,8 +111,19 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
 
 
+def _add_own_stories(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--story",
+        action="append",
+        default=[],
+        metavar="FILE.py:CLASS",
+        help="the story of your own that a run was trained with; may be given for several",
+    )
+
+
 def _add_evidence_options(parser: argparse.ArgumentParser, kind: type) -> None:
     """Which observations of a run are scored, and how."""
+    _add_own_stories(parser)
     _add_output_options(parser)
     data = parser.add_argument_group("data")
     data.add_argument("--data", help="a named data set or a path to .npy, .npz, .csv (default: the data of the run)")
@@ -115,29 +135,43 @@ def _add_options(group: Any, kind: type) -> None:
     """An option for each field that :func:`configuration.option` made."""
     for item in fields(kind):
         if item.type is bool:
-            group.add_argument(f"--{_hyphened(item.name)}", action="store_true", help=item.metadata["help"])
+            word = _hyphened(item.name)
+            group.add_argument(f"--{word}", dest=word, action="store_true", help=item.metadata["help"])
         elif "help" in item.metadata:
-            _add_option(group, item, f"--{_hyphened(item.name)}", item.metadata["help"], default=item.default)
+            _add_option(group, {"": item}, f"--{_hyphened(item.name)}", item.metadata["help"])
 
 
-def _add_story_options(group: Any) -> None:
+def _add_choices(group: Any, slots: Sequence[str]) -> None:
     """``--prior NAME`` chooses a prior, ``--prior.FIELD`` sets a field of the chosen one; likewise the other parts."""
-    _add_options(group, StoryConfiguration)
-    for slot, choices in CHOICES.items():
+    for slot in slots:
+        choices = CHOICES[slot]
         default = next(iter(choices))
-        group.add_argument(f"--{slot}", choices=choices, default=default, help=f"(default: {default})")
+        about = "; ".join(f"{word}: {kind.__doc__}" for word, kind in choices.items()).replace("%", "%%")
+        group.add_argument(
+            f"--{slot}", choices=choices, default=default, metavar="NAME", help=f"{about} (default: {default})"
+        )
         for name in dict.fromkeys(item.name for kind in choices.values() for item in fields(kind)):
             owners = {word: item for word, kind in choices.items() for item in fields(kind) if item.name == name}
-            item = next(iter(owners.values()))
-            text = f"of {' and '.join(owners)}: {item.metadata['help']}"
-            _add_option(group, item, f"--{slot}.{_hyphened(name)}", text, default=argparse.SUPPRESS)
+            meanings = dict.fromkeys(item.metadata["help"] for item in owners.values())
+            text = f"of {', '.join(owners)}: {'; or '.join(meanings)}"
+            _add_option(group, owners, f"--{slot}.{_hyphened(name)}", text)
 
 
-def _add_option(group: Any, item: Field[Any], flag: str, text: str, default: Any) -> None:
-    shown = ",".join(map(str, item.default)) if isinstance(item.default, tuple) else item.default
-    text += "" if shown is None else f" (default: {shown})"
+def _add_option(group: Any, owners: Mapping[str, Field[Any]], flag: str, text: str) -> None:
+    """An option that sets a field, of one configuration or of several whose defaults may differ."""
+    item, *_ = owners.values()
+    defaults = {word: _shown(owner.default) for word, owner in owners.items()}
+    if len(set(defaults.values())) > 1:
+        text += f" (default: {', '.join(f'{shown} for {word}' for word, shown in defaults.items())})"
+    elif shown := next(iter(defaults.values())):
+        text += f" (default: {shown})"
     parse, word = item.metadata["parse"], item.name.upper()
+    default = argparse.SUPPRESS if "." in flag else item.default
     group.add_argument(flag, dest=flag.removeprefix("--"), type=parse, default=default, metavar=word, help=text)
+
+
+def _shown(default: Any) -> str:
+    return ",".join(map(str, default)) if isinstance(default, tuple) else "" if default is None else str(default)
 
 
 def _hyphened(name: str) -> str:
@@ -162,19 +196,26 @@ def _part(options: argparse.Namespace, slot: str) -> Any:
 
 def _train(options: argparse.Namespace) -> None:
     """Trains a variational autoencoder and reports log p(x) of held-out data. With no option: two latent dimensions,
-    the 5,000 MNIST digits that come with the installation, under two minutes."""
-    parts = {slot: _part(options, slot) for slot in CHOICES}
-    training = TrainingConfiguration(**_values(options, TrainingConfiguration))
+    the 5,000 MNIST digits that come with the installation, under two minutes. --story trains one of your own instead;
+    the other options of that group are then not used."""
+    chosen = {slot: _part(options, slot) for slot in CHOICES}
+    objective = {"objective": chosen.pop("objective")}
+    training = TrainingConfiguration(**(_values(options, TrainingConfiguration) | objective))
     data = DataConfiguration(**_values(options, DataConfiguration))
+    source = None if options.story is None else Source.parse(options.story)
     folder = options.out or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     say = print if not options.json else partial(print, file=sys.stderr)
 
     from ppl_vae import runs  # imports torch, seconds
 
     runs.refuse_used(folder)
-    dataset = runs.load_data(data, binarized=options.likelihood == "bernoulli", seed=training.seed)
-    event_shape = tuple(dataset.event_shape)
-    story = StoryConfiguration(event_shape=event_shape, **(_values(options, StoryConfiguration) | parts))
+    if source is not None:
+        dataset = runs.load_data(data, "grey", training.seed)
+        story = configuration.OwnStory(str(source.file.resolve()), source.name, tuple(dataset.event_shape))
+    else:
+        dataset = runs.load_data(data, chosen["likelihood"].pixels, training.seed)
+        event_shape = tuple(dataset.event_shape)
+        story = StoryConfiguration(event_shape=event_shape, **(_values(options, StoryConfiguration) | chosen))
     wanted = configuration.RunConfiguration(data, story, training)
     results = runs.train(wanted, dataset, folder, options.device, say)
     print(runs.as_json(results) if options.json else _report(results))
@@ -195,13 +236,15 @@ def _evidence(options: argparse.Namespace) -> None:
     or --limit only where --out says."""
     asked = EvidenceConfiguration(**_values(options, EvidenceConfiguration))
     splits = list(dict.fromkeys(options.splits))
+    typed = [Source.parse(text) for text in options.story]
     if options.out is not None:
         _refuse_out(options.out, splits)
 
     from ppl_vae import runs  # imports torch, seconds
 
     tables = {}
-    for scored in runs.score(options.run, splits, asked, options.data, options.data_root, options.out, options.device):
+    table = options.data, options.data_root, options.out, options.device
+    for scored in runs.score(options.run, splits, asked, *table, typed):
         tables[scored.split] = scored.table()
         if not options.json:
             print(scored)
@@ -215,10 +258,20 @@ def _refuse_out(out: Path, splits: Sequence[str]) -> None:
         raise ValueError(f"--out is a file .nc (netCDF, to be loaded again) or .csv; found {str(out)!r}.")
     if len(splits) > 1:
         raise ValueError("--out is for the table of one split. Without it, each goes to RUN/evidence-SPLIT.nc.")
-    if out.exists():
-        raise FileExistsError(f"{str(out)!r} is there already. Choose another --out.")
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"There is no folder {str(out.parent)!r} for --out.")
+    _refuse_place(out, "--out")
+
+
+def _refuse_picture(plot: Path) -> None:
+    if plot.suffix != ".png":
+        raise ValueError(f"--plot is a file .png; found {str(plot)!r}.")
+    _refuse_place(plot, "--plot")
+
+
+def _refuse_place(file: Path, option: str) -> None:
+    if file.exists():
+        raise FileExistsError(f"{str(file)!r} is there already. Choose another {option}.")
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {str(file.parent)!r} for {option}.")
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -226,10 +279,15 @@ def _compare(options: argparse.Namespace) -> None:
     split and binarized by the seed of the first run. Differences are paired."""
     asked = ComparisonConfiguration(**_values(options, ComparisonConfiguration))
     folders = _named(options.runs)
+    typed = [Source.parse(text) for text in options.story]
+    if options.plot is not None:
+        _refuse_picture(options.plot)
 
     from ppl_vae import runs  # imports torch, seconds
 
-    comparison = runs.compare(folders, asked, options.data, options.data_root, options.device)
+    comparison = runs.compare(folders, asked, options.data, options.data_root, options.device, typed)
+    if options.plot is not None:
+        runs.picture(comparison, options.plot)
     print(runs.as_json(runs.comparison_table(comparison, folders)) if options.json else comparison)
 
 
@@ -248,10 +306,11 @@ def _sample(options: argparse.Namespace) -> None:
     """Draws new observations from the story of a run, to .npz and, if they are images, to .png."""
     if options.num_observations < 1:
         raise ValueError(f"--num-observations must be at least 1; found {options.num_observations}.")
+    typed = [Source.parse(text) for text in options.story]
     out = options.out or options.run / f"new-{options.seed}"
 
     from ppl_vae import runs  # imports torch, seconds
 
-    files = runs.sample(options.run, out, options.num_observations, options.seed, options.device)
+    files = runs.sample(options.run, out, options.num_observations, options.seed, options.device, typed)
     names = [str(file) for file in files]
     print(json.dumps({"files": names}) if options.json else f"wrote {' and '.join(names)}")

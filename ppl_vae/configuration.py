@@ -8,14 +8,20 @@ story is built, so that the command line answers before that.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import TYPE_CHECKING, Any, cast, get_args
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, get_args
 
 if TYPE_CHECKING:
     from torch import nn
 
     from ppl_vae.vae import VAE
 
-    MakeNetwork = Callable[[], nn.Module]
+    MakeNetwork = Callable[[tuple[int, ...]], nn.Module]
+
+# What a likelihood takes the grey levels of images for: probabilities of coins to be thrown, numbers from 0 to 1, or
+# whole numbers from 0 to 16 or 255.
+Pixels = Literal["coins", "grey", "counts"]
 
 
 def option(default: Any, text: str, parse: Callable[[str], Any] | None = None) -> Any:
@@ -32,67 +38,474 @@ def whole_numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(",") if part)
 
 
-SCALES = ("learned", "per-dimension", "network")
+def words(text: str) -> tuple[str, ...]:
+    """Words separated by commas."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def scale(text: str) -> float | str:
+POSITIVE = ("learned", "per-dimension", "network")
+
+
+def positive(text: str) -> float | str:
     """A positive number, or one of the words "learned", "per-dimension" and "network"."""
-    return text if text in SCALES else float(text)
+    return text if text in POSITIVE else float(text)
 
 
-# Priors
+def positive_option(default: float | str, of: str) -> Any:
+    """A field for a positive parameter of a likelihood: fixed, trained, or a network of z."""
+    return option(default, f"{of}: a number (fixed), or one of {', '.join(POSITIVE)}", positive)
+
+
+# Priors: ``build(latent_dim, encoder, event_shape)`` returns the module
 
 
 @dataclass(frozen=True)
 class StandardNormal:
     """z ~ Normal(0, I)"""
 
-    def build(self, latent_dim: int) -> "nn.Module":
+    def build(self, latent_dim: int, encoder: "nn.Module", event_shape: tuple[int, ...]) -> "nn.Module":
         from ppl_vae import priors
 
         return priors.StandardNormal(latent_dim)
 
 
-# Likelihoods
+@dataclass(frozen=True)
+class LearnedNormal:
+    """z ~ Normal with learned location and scale"""
+
+    def build(self, latent_dim: int, encoder: "nn.Module", event_shape: tuple[int, ...]) -> "nn.Module":
+        from ppl_vae import priors
+
+        return priors.Normal(latent_dim)
+
+
+@dataclass(frozen=True)
+class LaplacePrior:
+    """z ~ Laplace(0, 1), independent dimensions"""
+
+    def build(self, latent_dim: int, encoder: "nn.Module", event_shape: tuple[int, ...]) -> "nn.Module":
+        from ppl_vae import priors
+
+        return priors.Laplace(latent_dim)
+
+
+@dataclass(frozen=True)
+class StudentTPrior:
+    """z ~ Student-t, independent dimensions"""
+
+    df: float = option(5.0, "degrees of freedom")
+
+    def __post_init__(self) -> None:
+        _positive(self, "df")
+
+    def build(self, latent_dim: int, encoder: "nn.Module", event_shape: tuple[int, ...]) -> "nn.Module":
+        from ppl_vae import priors
+
+        return priors.StudentT(latent_dim, self.df)
+
+
+@dataclass(frozen=True)
+class UniformPrior:
+    """z ~ Uniform on a box; the posterior is mapped to the same box"""
+
+    low: float = option(-1.0, "lower end of every dimension")
+    high: float = option(1.0, "upper end of every dimension")
+
+    def __post_init__(self) -> None:
+        if not -math.inf < self.low < self.high < math.inf:
+            raise ValueError(f"prior.low must lie below prior.high; found {self.low} and {self.high}.")
+
+    def build(self, latent_dim: int, encoder: "nn.Module", event_shape: tuple[int, ...]) -> "nn.Module":
+        from ppl_vae import priors
+
+        return priors.Uniform(latent_dim, self.low, self.high)
+
+
+@dataclass(frozen=True)
+class MixturePrior:
+    """z ~ a learned mixture of normals"""
+
+    components: int = option(10, "how many")
+
+    def __post_init__(self) -> None:
+        _at_least(self, components=1)
+
+    def build(self, latent_dim: int, encoder: "nn.Module", event_shape: tuple[int, ...]) -> "nn.Module":
+        from ppl_vae import priors
+
+        return priors.MixtureOfNormals(latent_dim, self.components)
+
+
+@dataclass(frozen=True)
+class PerClass:
+    """z ~ the even mixture of learned normals, one for each class"""
+
+    num_labels: int = option(10, "how many classes")
+
+    def __post_init__(self) -> None:
+        _at_least(self, num_labels=1)
+
+    def build(self, latent_dim: int, encoder: "nn.Module", event_shape: tuple[int, ...]) -> "nn.Module":
+        from ppl_vae import priors
+
+        return priors.PerClass(latent_dim, self.num_labels)
+
+
+@dataclass(frozen=True)
+class Vamp:
+    """z ~ the even mixture of the encoder's guesses at learned pseudo-inputs"""
+
+    components: int = option(500, "how many pseudo-inputs")
+
+    def __post_init__(self) -> None:
+        _at_least(self, components=1)
+
+    def build(self, latent_dim: int, encoder: "nn.Module", event_shape: tuple[int, ...]) -> "nn.Module":
+        import torch
+
+        from ppl_vae import priors
+
+        return priors.VampPrior(encoder, torch.rand(self.components, *event_shape))
+
+
+@dataclass(frozen=True)
+class RealNVP:
+    """z = g(u), u ~ Normal(0, I), g of affine couplings"""
+
+    num_layers: int = option(4, "couplings")
+    hidden_dims: tuple[int, ...] = option((64, 64), "sizes of the hidden layers of each coupling", whole_numbers)
+
+    def __post_init__(self) -> None:
+        _at_least(self, num_layers=1)
+
+    def build(self, latent_dim: int, encoder: "nn.Module", event_shape: tuple[int, ...]) -> "nn.Module":
+        from ppl_vae import priors
+
+        return priors.Flow(latent_dim, priors.realnvp(latent_dim, self.num_layers, self.hidden_dims))
+
+
+@dataclass(frozen=True)
+class Splines:
+    """z = g(u), u ~ Normal(0, I), g of spline couplings"""
+
+    num_layers: int = option(2, "couplings")
+    hidden_dims: tuple[int, ...] = option((64, 64), "sizes of the hidden layers of each coupling", whole_numbers)
+
+    def __post_init__(self) -> None:
+        _at_least(self, num_layers=1)
+
+    def build(self, latent_dim: int, encoder: "nn.Module", event_shape: tuple[int, ...]) -> "nn.Module":
+        from ppl_vae import priors
+
+        return priors.Flow(latent_dim, priors.splines(latent_dim, self.num_layers, self.hidden_dims))
+
+
+# Likelihoods: ``build(network, event_shape)`` returns the module, with ``network(shape)`` a fresh network from z.
+# ``pixels`` says what they take grey levels for.
 
 
 @dataclass(frozen=True)
 class Bernoulli:
     """x ~ Bernoulli(f(z)), for pixels that are 0 or 1"""
 
+    pixels: ClassVar[Pixels] = "coins"
+
     def build(self, network: "MakeNetwork", event_shape: tuple[int, ...]) -> "nn.Module":
         from ppl_vae import likelihoods
 
-        return likelihoods.Bernoulli(network())
+        return likelihoods.Bernoulli(network(event_shape))
 
 
 @dataclass(frozen=True)
-class Normal:
-    """x ~ Normal(f(z), scale), for real numbers"""
+class ContinuousBernoulli:
+    """x ~ continuous Bernoulli(f(z)), for numbers from 0 to 1"""
 
-    scale: float | str = option("learned", f"a number (fixed), or one of {', '.join(SCALES)}", scale)
+    pixels: ClassVar[Pixels] = "grey"
+
+    def build(self, network: "MakeNetwork", event_shape: tuple[int, ...]) -> "nn.Module":
+        from ppl_vae import likelihoods
+
+        return likelihoods.ContinuousBernoulli(network(event_shape))
+
+
+@dataclass(frozen=True)
+class _LocationScale:
+    """What a family with a location and a scale is made from."""
+
+    pixels: ClassVar[Pixels] = "grey"
+
+    scale: float | str = positive_option("learned", "the scale")
     initial: float = option(0.5, "where a learned scale starts")
     floor: float = option(1e-3, "smallest value of a scale that trains")
 
     def __post_init__(self) -> None:
-        if isinstance(self.scale, str) and self.scale not in SCALES:
-            raise ValueError(f"likelihood.scale is a number or one of {', '.join(SCALES)}; found {self.scale!r}.")
-        _positive(self, "floor", "initial", *(() if isinstance(self.scale, str) else ("scale",)))
+        _positive_or_word(self, "scale")
+        _positive(self, "floor", "initial")
+
+
+@dataclass(frozen=True)
+class Normal(_LocationScale):
+    """x ~ Normal(f(z), scale), for real numbers"""
 
     def build(self, network: "MakeNetwork", event_shape: tuple[int, ...]) -> "nn.Module":
-        import torch
-
         from ppl_vae import likelihoods
 
-        choices: dict[str | float, Callable[[], Any]] = {
-            "learned": lambda: likelihoods.learned(self.initial),
-            "per-dimension": lambda: likelihoods.learned(torch.full(event_shape, self.initial)),
-            "network": network,
-        }
-        return likelihoods.Normal(network(), choices.get(self.scale, lambda: self.scale)(), floor=self.floor)
+        return likelihoods.Normal(
+            network(event_shape), _parameter(self.scale, self.initial, network, event_shape), self.floor
+        )
 
 
-# Posteriors
+@dataclass(frozen=True)
+class Laplace(_LocationScale):
+    """x ~ Laplace(f(z), scale), for real numbers"""
+
+    def build(self, network: "MakeNetwork", event_shape: tuple[int, ...]) -> "nn.Module":
+        from ppl_vae import likelihoods
+
+        return likelihoods.Laplace(
+            network(event_shape), _parameter(self.scale, self.initial, network, event_shape), self.floor
+        )
+
+
+@dataclass(frozen=True)
+class StudentT(_LocationScale):
+    """x ~ Student-t(f(z), scale), for real numbers with outliers"""
+
+    df: float | str = positive_option("learned", "degrees of freedom")
+    initial_df: float = option(5.0, "where learned degrees of freedom start")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive_or_word(self, "df")
+        _positive(self, "initial_df")
+
+    def build(self, network: "MakeNetwork", event_shape: tuple[int, ...]) -> "nn.Module":
+        from ppl_vae import likelihoods
+
+        scale = _parameter(self.scale, self.initial, network, event_shape)
+        df = _parameter(self.df, self.initial_df, network, event_shape)
+        return likelihoods.StudentT(network(event_shape), scale, df, self.floor)
+
+
+@dataclass(frozen=True)
+class LogNormal(_LocationScale):
+    """log x ~ Normal(f(z), scale), for positive numbers"""
+
+    def build(self, network: "MakeNetwork", event_shape: tuple[int, ...]) -> "nn.Module":
+        from ppl_vae import likelihoods
+
+        return likelihoods.LogNormal(
+            network(event_shape), _parameter(self.scale, self.initial, network, event_shape), self.floor
+        )
+
+
+@dataclass(frozen=True)
+class Beta(_LocationScale):
+    """x ~ Beta with mode f(z), for numbers between 0 and 1"""
+
+    floor: float = option(0.02, "smallest value of a scale that trains")
+
+    def build(self, network: "MakeNetwork", event_shape: tuple[int, ...]) -> "nn.Module":
+        from ppl_vae import likelihoods
+
+        return likelihoods.Beta(
+            network(event_shape), _parameter(self.scale, self.initial, network, event_shape), self.floor
+        )
+
+
+@dataclass(frozen=True)
+class DiscretizedLogistic(_LocationScale):
+    """x ~ a logistic distribution rounded to grey levels"""
+
+    initial: float = option(0.1, "where a learned scale starts")
+    floor: float = option(1e-4, "smallest value of a scale that trains")
+    levels: int = option(256, "grey levels from 0 to 1")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, levels=2)
+
+    def build(self, network: "MakeNetwork", event_shape: tuple[int, ...]) -> "nn.Module":
+        from ppl_vae import likelihoods
+
+        scale = _parameter(self.scale, self.initial, network, event_shape)
+        return likelihoods.DiscretizedLogistic(network(event_shape), scale, self.levels, self.floor)
+
+
+@dataclass(frozen=True)
+class MixtureOfDiscretizedLogistics(DiscretizedLogistic):
+    """x ~ for each pixel a mixture of logistic distributions rounded to grey levels"""
+
+    components: int = option(5, "how many")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, components=1)
+
+    def build(self, network: "MakeNetwork", event_shape: tuple[int, ...]) -> "nn.Module":
+        from ppl_vae import likelihoods
+
+        shape = (*event_shape, self.components)
+        scale = _parameter(self.scale, self.initial, network, shape)
+        family = likelihoods.MixtureOfDiscretizedLogistics
+        return family(network(shape), network(shape), scale, self.levels, self.floor)
+
+
+@dataclass(frozen=True)
+class Binomial:
+    """x ~ Binomial(total_count, f(z)), for counts up to a known number"""
+
+    pixels: ClassVar[Pixels] = "counts"
+
+    total_count: int = option(255, "the largest count, such as 16 for digits and 255 for images of 8 bits")
+
+    def __post_init__(self) -> None:
+        _at_least(self, total_count=1)
+
+    def build(self, network: "MakeNetwork", event_shape: tuple[int, ...]) -> "nn.Module":
+        from ppl_vae import likelihoods
+
+        return likelihoods.Binomial(network(event_shape), self.total_count)
+
+
+@dataclass(frozen=True)
+class Categorical:
+    """x ~ Categorical(f(z)), for the classes 0, 1, 2 and so on"""
+
+    pixels: ClassVar[Pixels] = "counts"
+
+    classes: int = option(256, "how many")
+
+    def __post_init__(self) -> None:
+        _at_least(self, classes=2)
+
+    def build(self, network: "MakeNetwork", event_shape: tuple[int, ...]) -> "nn.Module":
+        from ppl_vae import likelihoods
+
+        return likelihoods.Categorical(network((*event_shape, self.classes)))
+
+
+@dataclass(frozen=True)
+class Poisson:
+    """x ~ Poisson(exp f(z)), for counts"""
+
+    pixels: ClassVar[Pixels] = "counts"
+
+    def build(self, network: "MakeNetwork", event_shape: tuple[int, ...]) -> "nn.Module":
+        from ppl_vae import likelihoods
+
+        return likelihoods.Poisson(network(event_shape))
+
+
+@dataclass(frozen=True)
+class NegativeBinomial:
+    """x ~ negative binomial with mean exp f(z), for counts of more than Poisson's variance"""
+
+    pixels: ClassVar[Pixels] = "counts"
+
+    dispersion: float | str = positive_option("learned", "the dispersion")
+    initial: float = option(0.5, "where a learned dispersion starts")
+
+    def __post_init__(self) -> None:
+        _positive_or_word(self, "dispersion")
+        _positive(self, "initial")
+
+    def build(self, network: "MakeNetwork", event_shape: tuple[int, ...]) -> "nn.Module":
+        from ppl_vae import likelihoods
+
+        dispersion = _parameter(self.dispersion, self.initial, network, event_shape)
+        return likelihoods.NegativeBinomial(network(event_shape), dispersion)
+
+
+@dataclass(frozen=True)
+class ZeroInflatedPoisson:
+    """x ~ Poisson(exp f(z)) or an extra zero"""
+
+    pixels: ClassVar[Pixels] = "counts"
+
+    gate: float | str = positive_option("network", "probability of an extra zero")
+
+    def __post_init__(self) -> None:
+        _probability_or_word(self, "gate")
+
+    def build(self, network: "MakeNetwork", event_shape: tuple[int, ...]) -> "nn.Module":
+        from ppl_vae import likelihoods
+
+        return likelihoods.ZeroInflatedPoisson(network(event_shape), _parameter(self.gate, 0.5, network, event_shape))
+
+
+@dataclass(frozen=True)
+class ZeroInflatedNegativeBinomial(NegativeBinomial):
+    """x ~ negative binomial with mean exp f(z), or an extra zero"""
+
+    gate: float | str = positive_option("network", "probability of an extra zero")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _probability_or_word(self, "gate")
+
+    def build(self, network: "MakeNetwork", event_shape: tuple[int, ...]) -> "nn.Module":
+        from ppl_vae import likelihoods
+
+        dispersion = _parameter(self.dispersion, self.initial, network, event_shape)
+        gate = _parameter(self.gate, 0.5, network, event_shape)
+        return likelihoods.ZeroInflatedNegativeBinomial(network(event_shape), dispersion, gate)
+
+
+@dataclass(frozen=True)
+class ByColumn:
+    """x ~ a likelihood for each column of a table"""
+
+    pixels: ClassVar[Pixels] = "grey"
+
+    columns: tuple[str, ...] = option(
+        (), "in the order of the table, such as 4*normal,poisson,categorical:3 (a categorical of 3 classes)", words
+    )
+
+    def __post_init__(self) -> None:
+        for word in self.columns:
+            _column(word)
+
+    def build(self, network: "MakeNetwork", event_shape: tuple[int, ...]) -> "nn.Module":
+        from ppl_vae import likelihoods
+
+        if not self.columns:
+            raise ValueError("by-column needs likelihood.columns, such as 4*normal,poisson,categorical:3.")
+        parts = [_column(word) for word in self.columns]
+        width = sum(number for number, _ in parts)
+        if event_shape != (width,):
+            raise ValueError(
+                f"likelihood.columns speaks of {width} columns; the observations have the shape {event_shape}."
+            )
+        return likelihoods.ByColumn(*(kind.build(network, (number,)) for number, kind in parts))
+
+
+def _column(word: str) -> tuple[int, Any]:
+    """How many columns such a word stands for, and of which likelihood."""
+    number, _, name = word.rpartition("*")
+    name, _, detail = name.partition(":")
+    details = {"categorical": "classes", "binomial": "total_count"}
+    kind = choice("likelihood", name)
+    if kind is ByColumn or (detail and name not in details) or not (number or "1").isdecimal() or number == "0":
+        raise ValueError(f"likelihood.columns holds words such as 4*normal, poisson or categorical:3; found {word!r}.")
+    if detail and not detail.isdecimal():
+        raise ValueError(f"{name} takes a whole number after the colon; found {word!r}.")
+    return int(number or 1), kind(**({details[name]: int(detail)} if detail else {}))
+
+
+def _parameter(value: float | str, initial: float, network: "MakeNetwork", shape: tuple[int, ...]) -> Any:
+    """A parameter as a likelihood takes it."""
+    import torch
+
+    from ppl_vae import likelihoods
+
+    if isinstance(value, float):
+        return value
+    starts = {"learned": torch.tensor(initial), "per-dimension": torch.full(shape, initial)}
+    return likelihoods.learned(starts[value]) if value in starts else network(shape)
+
+
+# Posteriors: ``build(network, latent_dim)`` returns the module, with ``network(output)`` a network of x
 
 
 @dataclass(frozen=True)
@@ -109,6 +522,65 @@ class DiagonalNormal:
 
         family = posteriors.DiagonalNormal
         return family(network(family.num_parameters(latent_dim)), floor=self.floor)
+
+
+@dataclass(frozen=True)
+class FullNormal(DiagonalNormal):
+    """q(z | x) = Normal with a full covariance"""
+
+    def build(self, network: "Callable[[int], nn.Module]", latent_dim: int) -> "nn.Module":
+        from ppl_vae import posteriors
+
+        family = posteriors.FullNormal
+        return family(network(family.num_parameters(latent_dim)), floor=self.floor)
+
+
+@dataclass(frozen=True)
+class MixturePosterior:
+    """q(z | x) = a mixture of normals"""
+
+    components: int = option(5, "how many")
+
+    def __post_init__(self) -> None:
+        _at_least(self, components=1)
+
+    def build(self, network: "Callable[[int], nn.Module]", latent_dim: int) -> "nn.Module":
+        from ppl_vae import posteriors
+
+        family = posteriors.MixtureOfNormals
+        return family(network(family.num_parameters(latent_dim, self.components)), self.components)
+
+
+@dataclass(frozen=True)
+class InverseAutoregressive:
+    """q(z | x) = a normal sent through an inverse autoregressive flow"""
+
+    num_layers: int = option(2, "transforms")
+    context_dim: int = option(16, "numbers of x that every transform sees")
+
+    def __post_init__(self) -> None:
+        _at_least(self, num_layers=1, context_dim=1)
+
+    def build(self, network: "Callable[[int], nn.Module]", latent_dim: int) -> "nn.Module":
+        from ppl_vae import posteriors
+
+        hidden_dims = [max(64, latent_dim)] * 2
+        transforms = posteriors.inverse_autoregressive(latent_dim, self.context_dim, self.num_layers, hidden_dims)
+        output = posteriors.Flow.num_parameters(latent_dim, self.context_dim)
+        return posteriors.Flow(network(output), latent_dim, transforms)
+
+
+@dataclass(frozen=True)
+class AutoregressiveSplines(InverseAutoregressive):
+    """q(z | x) = a normal sent through autoregressive splines"""
+
+    def build(self, network: "Callable[[int], nn.Module]", latent_dim: int) -> "nn.Module":
+        from ppl_vae import posteriors
+
+        hidden_dims = [max(64, latent_dim)] * 2
+        transforms = posteriors.splines(latent_dim, self.context_dim, self.num_layers, hidden_dims)
+        output = posteriors.Flow.num_parameters(latent_dim, self.context_dim)
+        return posteriors.Flow(network(output), latent_dim, transforms)
 
 
 # Networks
@@ -153,13 +625,109 @@ class Convolutional:
 # The longest list of sizes that is believed.
 MOST_SIZES = 1000
 
+# Objectives: ``build()`` returns the loss for ``fit``, None for its default
+
+
+@dataclass(frozen=True)
+class Elbo:
+    """the ELBO, by draws"""
+
+    def build(self) -> Any:
+        return None
+
+
+@dataclass(frozen=True)
+class MeanField:
+    """the ELBO, its KL divergence in closed form where there is one"""
+
+    def build(self) -> Any:
+        from pyro.infer import TraceMeanField_ELBO
+
+        return TraceMeanField_ELBO()
+
+
+@dataclass(frozen=True)
+class ImportanceWeighted:
+    """the importance-weighted bound, with doubly reparameterized gradients"""
+
+    particles: int = option(5, "draws per observation inside the logarithm")
+
+    def __post_init__(self) -> None:
+        _at_least(self, particles=1)
+
+    def build(self) -> Any:
+        from ppl_vae import objectives
+
+        return objectives.ImportanceWeightedELBO(self.particles)
+
+
+@dataclass(frozen=True)
+class Renyi:
+    """Renyi's bound of order alpha"""
+
+    alpha: float = option(0.5, "the order, below 1; 0 is the importance-weighted bound")
+    particles: int = option(5, "draws per observation inside the logarithm")
+
+    def __post_init__(self) -> None:
+        _at_least(self, particles=1)
+        if not -math.inf < self.alpha < math.inf or self.alpha == 1:
+            raise ValueError(f"objective.alpha is a finite number other than 1; found {self.alpha}.")
+
+    def build(self) -> Any:
+        from ppl_vae import objectives
+
+        return objectives.RenyiELBO(self.alpha, self.particles)
+
+
 # What each word stands for: the first is the default.
 CHOICES: dict[str, dict[str, type]] = {
-    "prior": {"standard-normal": StandardNormal},
-    "likelihood": {"bernoulli": Bernoulli, "normal": Normal},
-    "posterior": {"diagonal-normal": DiagonalNormal},
+    "prior": {
+        "standard-normal": StandardNormal,
+        "normal": LearnedNormal,
+        "mixture": MixturePrior,
+        "vamp": Vamp,
+        "realnvp": RealNVP,
+        "splines": Splines,
+        "per-class": PerClass,
+        "laplace": LaplacePrior,
+        "student-t": StudentTPrior,
+        "uniform": UniformPrior,
+    },
+    "likelihood": {
+        "bernoulli": Bernoulli,
+        "continuous-bernoulli": ContinuousBernoulli,
+        "normal": Normal,
+        "laplace": Laplace,
+        "student-t": StudentT,
+        "log-normal": LogNormal,
+        "beta": Beta,
+        "discretized-logistic": DiscretizedLogistic,
+        "mixture-of-discretized-logistics": MixtureOfDiscretizedLogistics,
+        "binomial": Binomial,
+        "categorical": Categorical,
+        "poisson": Poisson,
+        "negative-binomial": NegativeBinomial,
+        "zero-inflated-poisson": ZeroInflatedPoisson,
+        "zero-inflated-negative-binomial": ZeroInflatedNegativeBinomial,
+        "by-column": ByColumn,
+    },
+    "posterior": {
+        "diagonal-normal": DiagonalNormal,
+        "full-normal": FullNormal,
+        "mixture": MixturePosterior,
+        "inverse-autoregressive": InverseAutoregressive,
+        "autoregressive-splines": AutoregressiveSplines,
+    },
     "network": {"mlp": Mlp, "convolutional": Convolutional},
+    "objective": {
+        "elbo": Elbo,
+        "mean-field": MeanField,
+        "importance-weighted": ImportanceWeighted,
+        "renyi": Renyi,
+    },
 }
+
+STORY_SLOTS = ("prior", "likelihood", "posterior", "network")
 
 
 @dataclass(frozen=True)
@@ -168,13 +736,44 @@ class StoryConfiguration:
 
     event_shape: tuple[int, ...]
     latent_dim: int = option(2, "size of z")
-    prior: StandardNormal = field(default_factory=StandardNormal)
-    likelihood: Bernoulli | Normal = field(default_factory=Bernoulli)
-    posterior: DiagonalNormal = field(default_factory=DiagonalNormal)
+    prior: Any = field(default_factory=StandardNormal)
+    likelihood: Any = field(default_factory=Bernoulli)
+    posterior: Any = field(default_factory=DiagonalNormal)
     network: Mlp | Convolutional = field(default_factory=Mlp)
 
     def __post_init__(self) -> None:
         _at_least(self, latent_dim=1)
+        for slot in STORY_SLOTS:
+            _check_part(slot, getattr(self, slot))
+
+
+@dataclass(frozen=True)
+class OwnStory:
+    """A story of the user's own: where its class is, for the reader of ``config.json``; never imported from there."""
+
+    file: str
+    name: str
+    event_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the class of a story of one's own is: ``path/to/file.py:Class``, as typed.
+
+    >>> Source.parse("stories/factors.py:ScaledFactors").name
+    'ScaledFactors'
+    """
+
+    file: Path
+    name: str
+
+    @classmethod
+    def parse(cls, text: str) -> "Source":
+        """ValueError where the text is not of that form."""
+        file, _, name = text.rpartition(":")
+        if not file.endswith(".py") or not name.isidentifier():
+            raise ValueError(f"--story takes path/to/file.py:Class; found {text!r}.")
+        return cls(Path(file), name)
 
 
 @dataclass(frozen=True)
@@ -187,6 +786,10 @@ class DataConfiguration:
     )
     download: bool = option(False, "download the data set if it is not there")
     binarization: str = option("auto", "none, static or dynamic; auto is dynamic for a Bernoulli likelihood, else none")
+    standardize: tuple[str, ...] = option(
+        (), "columns of a table to give mean 0 and deviation 1, by name; real is all that are not whole numbers", words
+    )
+    with_labels: bool = option(False, "hand the labels to the story as its second column (with --story)")
 
     def __post_init__(self) -> None:
         if self.binarization not in ("auto", "none", "static", "dynamic"):
@@ -204,15 +807,19 @@ class TrainingConfiguration:
     batch_size: int = option(100, "observations per step")
     learning_rate: float = option(2e-3, "of Adam")
     kl_warmup: int = option(0, "epochs over which the latent terms grow to full weight")
+    beta: float = option(1.0, "weight of the latent terms, in training only")
+    free_bits: float | None = option(None, "nats of each latent site that cost nothing, in training only", float)
     patience: int = option(0, "stop after so many epochs without a better validation ELBO; 0 never stops early")
     num_particles: int = option(1000, "draws per observation where log p(x) is estimated by drawing")
     engine: str = option("auto", f"one of {', '.join(ENGINES)}")
+    objective: Any = field(default_factory=Elbo)
     seed: int = option(0, "rules splits, binarization, initial weights, order and noise")
 
     def __post_init__(self) -> None:
         _one_of("engine", self.engine, ENGINES)
         _at_least(self, epochs=1, batch_size=1, kl_warmup=0, patience=0, num_particles=1, seed=0)
-        _positive(self, "learning_rate")
+        _positive(self, "learning_rate", "beta", *(() if self.free_bits is None else ("free_bits",)))
+        _check_part("objective", self.objective)
 
 
 # The splits of a data set, and the methods and corrections of log_evidence: written here too, so that the command line
@@ -254,7 +861,7 @@ class RunConfiguration:
     """All that a run is made from: ``config.json`` holds it."""
 
     data: DataConfiguration
-    story: StoryConfiguration
+    story: StoryConfiguration | OwnStory
     training: TrainingConfiguration
 
 
@@ -275,6 +882,25 @@ def _positive(configuration: Any, *names: str) -> None:
             raise ValueError(f"{name} must be positive and finite; found {value}.")
 
 
+def _positive_or_word(configuration: Any, name: str) -> None:
+    if isinstance(value := getattr(configuration, name), str):
+        _one_of(name, value, POSITIVE)
+    else:
+        _positive(configuration, name)
+
+
+def _probability_or_word(configuration: Any, name: str) -> None:
+    _positive_or_word(configuration, name)
+    if not isinstance(value := getattr(configuration, name), str) and value >= 1:
+        raise ValueError(f"{name} is a probability below 1; found {value}.")
+
+
+def _check_part(slot: str, part: Any) -> None:
+    kinds = CHOICES[slot].values()
+    if type(part) not in kinds:
+        raise ValueError(f"{slot} is one of {', '.join(kind.__name__ for kind in kinds)}; found {part!r}.")
+
+
 def build(configuration: StoryConfiguration, seed: int = 0) -> "VAE":
     """The story that a configuration describes, its initial weights a function of the seed.
 
@@ -287,17 +913,18 @@ def build(configuration: StoryConfiguration, seed: int = 0) -> "VAE":
     """
     import torch
 
-    from ppl_vae import noise
+    from ppl_vae import noise, posteriors
     from ppl_vae.vae import VAE
 
     latent_dim, event_shape, network = configuration.latent_dim, configuration.event_shape, configuration.network
     try:
         with noise.unit(torch.device("cpu"), seed, noise.Purpose.INITIAL_WEIGHTS):
-            story = VAE(
-                prior=configuration.prior.build(latent_dim),
-                decoder=configuration.likelihood.build(lambda: network.decoder(latent_dim, event_shape), event_shape),
-                encoder=configuration.posterior.build(lambda output: network.encoder(event_shape, output), latent_dim),
-            )
+            decoder = configuration.likelihood.build(partial(network.decoder, latent_dim), event_shape)
+            encoder = configuration.posterior.build(partial(network.encoder, event_shape), latent_dim)
+            if isinstance(configuration.prior, UniformPrior):
+                encoder = posteriors.Box(encoder, configuration.prior.low, configuration.prior.high)
+            prior = configuration.prior.build(latent_dim, encoder, event_shape)
+            story = VAE(prior, decoder, encoder)
     except (RuntimeError, TypeError) as error:  # how torch says that a size is beyond its memory, or its integers
         raise ValueError(f"A story of these sizes cannot be built: {str(error).splitlines()[0]}.") from error
     story.configuration = configuration
@@ -355,14 +982,22 @@ def choice(slot: str, word: object) -> type:
 
 
 def _value(name: str, value: Any, kind: Any) -> Any:
-    if name in CHOICES and isinstance(value, Mapping):
+    if name in CHOICES:
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{name} must be an object with a name; found {value!r:.80}.")
         return from_json({key: part for key, part in value.items() if key != "name"}, choice(name, value.get("name")))
+    if name == "story":
+        kind = OwnStory if isinstance(value, Mapping) and "file" in value else StoryConfiguration
     if is_dataclass(kind):
         return from_json(value, cast(type, kind))
     if kind == tuple[int, ...]:
         if not isinstance(value, list) or len(value) > MOST_SIZES or any(type(v) is not int or v < 1 for v in value):
             found = f"{value!r:.80}"
             raise ValueError(f"{name} must be a list of at most {MOST_SIZES} positive whole numbers; found {found}.")
+        return tuple(value)
+    if kind == tuple[str, ...]:
+        if not isinstance(value, list) or len(value) > MOST_SIZES or any(type(v) is not str for v in value):
+            raise ValueError(f"{name} must be a list of at most {MOST_SIZES} words; found {value!r:.80}.")
         return tuple(value)
     kinds = get_args(kind) or (kind,)
     if float in kinds and type(value) is int:

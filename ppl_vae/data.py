@@ -36,6 +36,10 @@ _LABEL_COLUMNS = ("label", "labels")
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".pgm", ".ppm", ".tif", ".tiff", ".webp"}
 _IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "PPM", "TIFF", "WEBP")
 
+# The largest count that grey levels from 0 to 1 may stand for, and how far from whole numbers rounding takes them.
+GREY_LEVELS = (16, 255)
+LARGEST_ROUNDING = 1e-3
+
 # Deflate, inside gzip and zip, packs at most 1032 bytes into one: a larger claim is a lie.
 _MOST_BYTES_PER_PACKED_BYTE = 1100
 
@@ -67,6 +71,8 @@ class Dataset:
         seed: what the splits and the binarization were drawn from.
         indices: for each split's name, its row numbers in the source, int64. An official test set is numbered
             after its training set.
+        standardization: what was subtracted from each column of a table, and what it was then divided by; None where
+            the numbers are the source's.
     """
 
     name: str
@@ -78,6 +84,7 @@ class Dataset:
     binarization: Binarization
     seed: int
     indices: Mapping[str, Tensor]
+    standardization: tuple[Tensor, Tensor] | None = None
 
     @property
     def splits(self) -> dict[str, Split]:
@@ -108,6 +115,7 @@ class Dataset:
             "sizes": {name: len(split.x) for name, split in self.splits.items()},
             "seed": self.seed,
             "binarization": self.binarization,
+            "standardized": self.standardization is not None,
             "event_shape": list(self.event_shape),
             "sha256": self.fingerprint,
         }
@@ -124,6 +132,8 @@ def load(
     source: Source,
     *,
     binarization: Binarization | None = None,
+    counts: bool = False,
+    standardize: Literal["real"] | Sequence[str | int] = (),
     seed: int = 0,
     validation: int | float | None = None,
     test: int | float | None = None,
@@ -150,6 +160,10 @@ def load(
             does so for validation and test, and leaves train grey for ``fit(..., transform=torch.bernoulli)`` to draw
             in every batch anew; ``"none"`` leaves all as it is. By default ``"dynamic"`` for the named data sets and
             ``"none"`` for others. Held-out pixels are the same under ``"static"`` and ``"dynamic"``.
+        counts: grey levels as whole numbers, from 0 to 16 for digits and to 255 for bytes; other numbers stay as they
+            are. Nothing is binarized then, unless that is asked for.
+        standardize: names or positions of columns of a table to shift and scale by mean and standard deviation of their
+            training rows; ``"real"`` is all but those of whole numbers. Densities are then per unit of scaled numbers.
         seed: rules the splits and the binarization. The global generator is neither read nor moved.
         validation: a count of rows, or a fraction between 0 and 1. By default 500 of mnist-5k, 10,000 from the official
             training sets, 10 % elsewhere.
@@ -183,7 +197,9 @@ def load(
     if binarization not in (None, *get_args(Binarization)):
         raise ValueError(f"binarization must be one of {', '.join(get_args(Binarization))}; found {binarization!r}")
     name, rows = _read(source, root, download, label_column)
-    binarization = binarization or rows.binarization
+    binarization = binarization or ("none" if counts else rows.binarization)
+    if counts:
+        rows = rows._replace(x=_counts(rows.x))
     indices = _draw_rows(rows, validation, test, seed)
     splits = {part: _take(rows, index) for part, index in indices.items()}
     if binarization != "none":
@@ -193,6 +209,10 @@ def load(
             for part, split in splits.items()
             if binarization == "static" or part != "train"
         }
+    standardization = _standardization(splits["train"].x, rows.column_names, standardize) if standardize else None
+    if standardization is not None:
+        loc, scale = standardization
+        splits = {part: split._replace(x=(split.x - loc) / scale) for part, split in splits.items()}
     return Dataset(
         name=name,
         **splits,
@@ -201,6 +221,7 @@ def load(
         binarization=binarization,
         seed=seed,
         indices=indices,
+        standardization=standardization,
     )
 
 
@@ -272,6 +293,42 @@ def _check_grey(x: Tensor) -> None:
             f"x has values between {low:g} and {high:g}; binarization needs grey levels between 0 and 1. "
             "Scale them, or use binarization='none'"
         )
+
+
+def _counts(x: Tensor) -> Tensor:
+    """The whole numbers that grey levels from 0 to 1 stand for; other numbers as they are."""
+    low, high = _range(x)
+    for most in (1, *GREY_LEVELS):
+        numbers = x * most
+        if low >= 0 and high <= 1 and bool(((numbers - numbers.round()).abs() < LARGEST_ROUNDING).all()):
+            return numbers.round()
+    return x
+
+
+def _standardization(
+    x: Tensor, names: tuple[str, ...] | None, wanted: Literal["real"] | Sequence[str | int]
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the wanted columns, what is missing aside; 0 and 1 for others, and constants."""
+    if x.dim() != 2:
+        raise ValueError(f"standardize is for tables; the observations have the shape {tuple(x.shape[1:])}")
+    if wanted == "real":
+        chosen = ((x != x.round()) & ~x.isnan()).any(0)
+    else:
+        positions = [_column_position(names, x.shape[1], column) for column in wanted]
+        chosen = torch.zeros(x.shape[1], dtype=torch.bool).index_fill(0, torch.tensor(positions), True)
+    loc = x.nanmean(0)
+    scale = (x - loc).square().nanmean(0).sqrt()
+    kept = ~chosen | ~(scale > 0)
+    return loc.masked_fill(kept, 0.0), scale.masked_fill(kept, 1.0)
+
+
+def _column_position(names: tuple[str, ...] | None, width: int, column: str | int) -> int:
+    if names is not None and column in names:
+        return names.index(str(column))
+    if isinstance(column, int) and 0 <= column < width:
+        return column
+    known = f"columns {', '.join(names)}" if names else f"columns 0 to {width - 1}, without names"
+    raise ValueError(f"there is no column {column!r} to standardize; the table has the {known}")
 
 
 def _place(index: list[int]) -> str:

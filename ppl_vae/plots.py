@@ -1,6 +1,7 @@
 """Pictures of stories and results. Every function returns a matplotlib ``Figure``; nothing is shown or written here."""
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -10,9 +11,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ppl_vae import traces
+from ppl_vae.evidence import Comparison
 from ppl_vae.traces import Story
 from ppl_vae.training import History
 from ppl_vae.vae import VAE
+
+LARGEST_GREY = 2.0  # beyond it pixels are counts
 
 INK = {"cmap": "gray_r", "vmin": 0.0, "vmax": 1.0, "interpolation": "nearest"}
 
@@ -78,16 +82,48 @@ def _with_band(
     axes.fill_between(x, y - 2 * error, y + 2 * error, color=color, alpha=0.15, lw=0)
 
 
+def comparison(compared: Comparison) -> Figure:
+    """Paired differences of log p(x) to the best story, with intervals of two standard errors.
+
+    Stories stand from the best to the last. The wide, pale bars are two test sampling errors of each mean by itself,
+    around the same places: what the pairing takes away.
+
+    """
+    names = list(compared.evidence)
+    places = np.arange(len(names))
+    difference = np.array([compared["difference"].sel(story=name, other=names[0]).item() for name in names])
+    error = np.nan_to_num([compared["standard_error"].sel(story=name, other=names[0]).item() for name in names])
+    unpaired = [compared.evidence[name].summary().test_sampling_error for name in names]
+    figure = Figure(figsize=(7, 1.4 + 0.5 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    axes.errorbar(difference, places, xerr=2 * np.nan_to_num(unpaired), fmt="none", ecolor="lightgray", elinewidth=6)
+    axes.errorbar(difference, places, xerr=2 * error, fmt="o", color="tab:blue", capsize=4)
+    axes.axvline(0, color="gray", lw=0.8, ls="--")
+    axes.set_yticks(places, [f"{name}  {compared['mean'].sel(story=name).item():.2f}" for name in names])
+    axes.set(ylim=(len(names) - 0.4, -0.6), xlabel=f"log p(x) minus that of {names[0]} (nats per observation, paired)")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def center(distribution: Any) -> Tensor:
+    """The mean of a distribution, that of 64 draws where it has none in closed form, or the mode of classes."""
+    try:
+        mean = distribution.mean
+    except NotImplementedError:
+        return distribution.sample((64,)).mean(0)
+    return distribution.mode if mean.isnan().all() else mean
+
+
 def samples(story: Story, num_observations: int = 64, seed: int = 0) -> Figure:
     """New images: the mean of p(x | z) for draws z of the prior, and a draw x from each."""
     site = traces.nodes(traces.prior_predictive(story, num_observations, seed=seed))["x"]
-    return image_panels({"mean of p(x | z), z ~ p(z)": site["fn"].mean, "x ~ p(x | z)": site["value"]})
+    return image_panels({"mean of p(x | z), z ~ p(z)": center(site["fn"]), "x ~ p(x | z)": site["value"]})
 
 
 def reconstructions(story: Story, x: Tensor, *conditions: Tensor, seed: int = 0) -> Figure:
     """Images, the mean of p(x | z) for one z ~ q(z | x) of each, and an image drawn from it."""
     site = traces.nodes(traces.posterior_predictive(story, x, *conditions, seed=seed))["x"]
-    panels = {"x": x, "mean of p(x | z), z ~ q(z | x)": site["fn"].mean, "x ~ p(x | z)": site["value"]}
+    panels = {"x": x, "mean of p(x | z), z ~ q(z | x)": center(site["fn"]), "x ~ p(x | z)": site["value"]}
     return image_panels(panels, columns=4)
 
 
@@ -97,10 +133,12 @@ def are_images(x: Tensor) -> bool:
 
 
 def image_panels(panels: dict[str, Tensor], columns: int = 8) -> Figure:
-    """Sets of images ``(N, colours, height, width)`` side by side, each under its title."""
+    """Sets of images ``(N, colours, height, width)`` side by side, each under its title; 1 is black, or the most."""
+    most = max(float(images.max()) for images in panels.values())
+    most = most if most > LARGEST_GREY else 1.0
     figure = Figure(figsize=(4 * len(panels), 4.3), layout="constrained")
     for axes, (title, images) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
-        axes.imshow(tile(images, columns), **INK)
+        axes.imshow(tile(images / most, columns), **INK)
         axes.set_title(title, fontsize=10)
         axes.set_axis_off()
     return figure
@@ -138,11 +176,11 @@ def latent_atlas(story: VAE, x: Tensor, labels: Tensor | None = None, size: int 
     normal = torch.distributions.Normal(torch.zeros((), device=device, dtype=dtype), 1.0)
     quantiles = (torch.arange(size, device=device, dtype=dtype) + 0.5) / size
     with traces.scoring(story):
-        if (latent_dim := story.prior().event_shape.numel()) != 2:
+        if (latent_dim := cast(Any, story.prior)().event_shape.numel()) != 2:
             raise ValueError(f"The atlas shows two latent dimensions; this story has {latent_dim}.")
         down, across = torch.meshgrid(normal.icdf(quantiles.flip(0)), normal.icdf(quantiles), indexing="ij")
-        decoded = story.decoder(torch.stack([across, down], dim=-1).flatten(0, 1)).mean
-        places = normal.cdf(story.encoder(x.to(device, dtype)).mean).cpu().numpy()
+        decoded = center(story.decoder(torch.stack([across, down], dim=-1).flatten(0, 1)))
+        places = normal.cdf(center(story.encoder(x.to(device, dtype)))).cpu().numpy()
 
     figure = Figure(figsize=(15, 7.4), layout="constrained")
     left, right = figure.subplots(1, 2)

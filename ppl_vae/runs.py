@@ -5,6 +5,7 @@ The folder holds ``config.json`` (what was asked for, and which data), ``metrics
 and pictures. Runs are scored again, and compared, on the data that they recorded.
 """
 
+import inspect
 import json
 import math
 import tempfile
@@ -21,12 +22,13 @@ import torch
 from matplotlib.figure import Figure
 
 import ppl_vae
-from ppl_vae import checks, configuration, data, likelihoods, plots, traces
+from ppl_vae import checks, configuration, data, likelihoods, own, plots, traces
 from ppl_vae.checkpoint import load, save, write_atomically
-from ppl_vae.configuration import EvidenceConfiguration, RunConfiguration
-from ppl_vae.data import Dataset
+from ppl_vae.configuration import EvidenceConfiguration, RunConfiguration, Source
+from ppl_vae.data import Dataset, Split
 from ppl_vae.evidence import Evidence, comparison, log_evidence
 from ppl_vae.evidence.comparison import Comparison
+from ppl_vae.traces import Story
 from ppl_vae.training import History, fit
 from ppl_vae.training.history import Row
 from ppl_vae.vae import VAE
@@ -53,12 +55,16 @@ class Run:
     folder: Path
     wanted: RunConfiguration
     record: dict[str, Any]
-    story: VAE
+    story: Story
 
     @property
     def seed(self) -> int:
         """What splits, binarization and training were drawn from."""
         return self.wanted.training.seed
+
+    def columns(self, split: Split, limit: int | None = None) -> tuple[torch.Tensor, ...]:
+        """What the story is given of a split."""
+        return columns_of(self.wanted.data, split, limit)
 
 
 @dataclass(frozen=True)
@@ -79,11 +85,35 @@ class Scored:
         return asdict(self.evidence.summary()) | {"file": None if self.file is None else str(self.file)}
 
 
-def load_data(wanted: configuration.DataConfiguration, binarized: bool, seed: int) -> Dataset:
-    """The data set of a configuration; with binarization "auto", ``binarized`` decides between dynamic and none."""
-    automatic = "dynamic" if binarized else "none"
+def load_data(wanted: configuration.DataConfiguration, pixels: configuration.Pixels, seed: int) -> Dataset:
+    """The data set of a configuration; with binarization "auto", its likelihood decides what grey levels become."""
+    automatic = "dynamic" if pixels == "coins" else "none"
     binarization = cast(data.Binarization, automatic if wanted.binarization == "auto" else wanted.binarization)
-    return data.load(wanted.data, binarization=binarization, seed=seed, root=wanted.data_root, download=wanted.download)
+    return data.load(
+        wanted.data,
+        binarization=binarization,
+        counts=pixels == "counts" and binarization == "none",
+        standardize="real" if wanted.standardize == ("real",) else wanted.standardize,
+        seed=seed,
+        root=wanted.data_root,
+        download=wanted.download,
+    )
+
+
+def pixels_of(story: configuration.StoryConfiguration | configuration.OwnStory) -> configuration.Pixels:
+    """What a story takes grey levels for."""
+    return "grey" if isinstance(story, configuration.OwnStory) else story.likelihood.pixels
+
+
+def columns_of(
+    wanted: configuration.DataConfiguration, split: Split, limit: int | None = None
+) -> tuple[torch.Tensor, ...]:
+    """Observations, and labels where they are wanted; the first so many of them."""
+    if not wanted.with_labels:
+        return (split.x[:limit],)
+    if split.labels is None:
+        raise ValueError(f"{wanted.data!r} has no labels; leave --with-labels out.")
+    return split.x[:limit], split.labels[:limit]
 
 
 def train(
@@ -97,21 +127,25 @@ def train(
     """
     refuse_used(folder)
     training, transform = wanted.training, torch.bernoulli if dataset.binarization == "dynamic" else None
-    story = configuration.build(wanted.story, training.seed).to(torch_device(device))
-    _check_data(story, dataset, transform)
+    story = _new_story(wanted).to(torch_device(device))
+    _check_data(story, wanted.data, dataset, transform)
     _begin(folder, wanted, dataset)
     say(str(dataset))
 
     started = time.perf_counter()
+    columns = partial(columns_of, wanted.data)
     history = fit(
         story,
-        dataset.train.x,
-        validation=dataset.validation.x,
+        *columns(dataset.train),
+        validation=columns(dataset.validation),
         epochs=training.epochs,
         batch_size=training.batch_size,
         optimizer=partial(torch.optim.Adam, lr=training.learning_rate, fused=True),
+        loss=training.objective.build(),
         transform=transform,
         kl_warmup=training.kl_warmup,
+        beta=training.beta,
+        free_bits=training.free_bits,
         patience=training.patience or None,
         engine=cast(Any, training.engine),
         callbacks=[partial(_append_metrics, folder)],
@@ -121,26 +155,51 @@ def train(
     save(story, folder / STORY)
     say(f"trained {len(history)} epochs in {seconds:.0f} s; the weights of epoch {history.best_epoch} were best")
 
-    elbo = log_evidence(story, dataset.test.x, method="elbo", num_particles=ELBO_PARTICLES, seed=training.seed)
-    evidence = log_evidence(story, dataset.test.x, num_particles=training.num_particles, seed=training.seed)
+    test = columns(dataset.test)
+    elbo = log_evidence(story, *test, method="elbo", num_particles=ELBO_PARTICLES, seed=training.seed)
+    evidence = log_evidence(story, *test, num_particles=training.num_particles, seed=training.seed)
     evidence.save(_evidence_file(folder, "test"))
     say(str(Scored("test", dataset.name, evidence)))
     results = _results(history, seconds, elbo, evidence) | _floor(story, dataset)
     _write_json(folder / RESULTS, results)
-    for name, figure in _pictures(story, history, dataset).items():
+    for name, figure in _pictures(story, history, dataset.test, test).items():
         figure.savefig(folder / name, dpi=110)
     return {"run": str(folder)} | results
 
 
-def open_run(folder: Path, device: str | None = None) -> Run:
+def open_run(folder: Path, device: str | None = None, typed: Sequence[Source] = ()) -> Run:
     """Reads a run.
+
+    Args:
+        folder: of the run.
+        device: where its story goes.
+        typed: classes of stories of one's own, one of which was trained here if its story was no ``VAE``.
 
     Raises:
         FileNotFoundError: when there is no run, or it has no story yet.
-        ValueError: when a file of it is damaged, or the device is not there.
+        ValueError: when a file of it is damaged, its own story was not typed, or the device is not there.
     """
     wanted, record = _read_configuration(folder / CONFIGURATION)
-    return Run(folder, wanted, record, load(folder / STORY, device=torch_device(device)))
+    story = None
+    if isinstance(wanted.story, configuration.OwnStory):
+        sources = {source.name: source for source in typed}
+        if wanted.story.name not in sources:
+            raise ValueError(
+                f"{str(folder)!r} holds a story of your own: say where it is, --story FILE.py:{wanted.story.name}."
+            )
+        story = _own_story(sources[wanted.story.name], wanted)
+    return Run(folder, wanted, record, load(folder / STORY, story=story, device=torch_device(device)))
+
+
+def _new_story(wanted: RunConfiguration) -> Any:
+    """An untrained story of what was asked for at this command line."""
+    if isinstance(wanted.story, configuration.OwnStory):
+        return _own_story(Source(Path(wanted.story.file), wanted.story.name), wanted)
+    return configuration.build(wanted.story, wanted.training.seed)
+
+
+def _own_story(source: Source, wanted: RunConfiguration) -> Any:
+    return own.make(source, {"event_shape": wanted.story.event_shape}, wanted.training.seed)
 
 
 def data_of(run: Run, source: str | None = None, root: str | None = None) -> Dataset:
@@ -157,8 +216,8 @@ def data_of(run: Run, source: str | None = None, root: str | None = None) -> Dat
     """
     said = {name: value for name, value in {"data": source, "data_root": root}.items() if value is not None}
     wanted = replace(run.wanted.data, **said)
-    binarized = isinstance(run.wanted.story.likelihood, configuration.Bernoulli)
-    dataset = load_data(wanted, binarized, run.seed)
+    pixels = pixels_of(run.wanted.story)
+    dataset = load_data(wanted, pixels, run.seed)
     if source is None and dataset.fingerprint != run.record.get("sha256"):
         raise ValueError(
             f"{wanted.data!r} is not what {str(run.folder)!r} was trained on any more: its fingerprint has changed. "
@@ -167,7 +226,7 @@ def data_of(run: Run, source: str | None = None, root: str | None = None) -> Dat
     _refuse_other_shape(run, dataset)
     if dataset.binarization != "dynamic":
         return dataset
-    return load_data(replace(wanted, binarization="static"), binarized, run.seed)
+    return load_data(replace(wanted, binarization="static"), pixels, run.seed)
 
 
 def score(
@@ -178,6 +237,7 @@ def score(
     root: str | None = None,
     out: Path | None = None,
     device: str | None = None,
+    typed: Sequence[Source] = (),
 ) -> Iterator[Scored]:
     """Evidence of some splits of a run's data, or of another source, one after the other.
 
@@ -189,15 +249,15 @@ def score(
         ValueError: when data, story and method do not fit.
         OSError: when a table could not be saved; before anything is computed.
     """
-    run = open_run(folder, device)
+    run = open_run(folder, device, typed)
     dataset = data_of(run, source, root)
-    own = source is None and asked.limit is None
-    files = {split: out or (_evidence_file(folder, split) if own else None) for split in splits}
+    whole = source is None and asked.limit is None
+    files = {split: out or (_evidence_file(folder, split) if whole else None) for split in splits}
     for file in filter(None, files.values()):
         tempfile.TemporaryFile(dir=file.parent).close()  # can a file be written there?
     for split, file in files.items():
-        x = dataset.splits[split].x[: asked.limit]
-        evidence = log_evidence(run.story, x, **_settings(asked, run))
+        columns = run.columns(dataset.splits[split], asked.limit)
+        evidence = log_evidence(run.story, *columns, **_settings(asked, run))
         if file is not None:
             evidence.save(file)
         yield Scored(split, dataset.name, evidence, file)
@@ -209,6 +269,7 @@ def compare(
     source: str | None = None,
     root: str | None = None,
     device: str | None = None,
+    typed: Sequence[Source] = (),
 ) -> Comparison:
     """Ranks runs, by name, by the evidence of their test observations, or of those of another source.
 
@@ -219,17 +280,24 @@ def compare(
         ValueError: when test observations differ between runs, when a run was trained on some of them, or when
             probabilities and densities would be compared.
     """
-    opened = {name: open_run(folder, device) for name, folder in folders.items()}
+    opened = {name: open_run(folder, device, typed) for name, folder in folders.items()}
     first, *others = opened.values()
     dataset = data_of(first, source, root)
     for run in others:
-        own = data_of(run, source, root)
+        mine = data_of(run, source, root)
+        if run.wanted.data.with_labels != first.wanted.data.with_labels:
+            raise ValueError("Some of these runs were given labels and some were not: log p(x | y) and log p(x).")
         if source is None:
-            _refuse_other_test(first, dataset, run, own)
+            _refuse_other_test(first, dataset, run, mine)
         else:
-            _refuse_trained_on(run, dataset, own)
+            _refuse_trained_on(run, dataset, mine)
     stories = {name: run.story for name, run in opened.items()}
-    return comparison.compare(stories, dataset.test.x[: asked.limit], **_settings(asked, first))
+    return comparison.compare(stories, *first.columns(dataset.test, asked.limit), **_settings(asked, first))
+
+
+def picture(compared: Comparison, file: Path) -> None:
+    """Draws a comparison into a .png file."""
+    plots.comparison(compared).savefig(file, dpi=110)
 
 
 def comparison_table(compared: Comparison, folders: Mapping[str, Path]) -> dict[str, Any]:
@@ -268,9 +336,18 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def sample(run: Path, out: Path, num_observations: int, seed: int, device: str | None = None) -> list[Path]:
-    """Draws new observations from a run's story into ``out``.npz, and .png if they are images; returns the files."""
-    story = load(run / STORY, device=torch_device(device))
+def sample(
+    run: Path, out: Path, num_observations: int, seed: int, device: str | None = None, typed: Sequence[Source] = ()
+) -> list[Path]:
+    """Draws new observations from a run's story into ``out``.npz, and .png if they are images; returns the files.
+
+    Raises:
+        FileNotFoundError: when there is no run.
+        ValueError: when the run is damaged, or its story does not draw a number of observations by itself.
+    """
+    story = open_run(run, device, typed).story
+    if not _draws_alone(story):
+        raise ValueError("This story draws nothing by itself: its model takes no num_observations.")
     draws = traces.draws(traces.prior_predictive(story, num_observations, seed=seed))
     out.parent.mkdir(parents=True, exist_ok=True)
     files = [out.with_suffix(".npz")]
@@ -300,14 +377,24 @@ def refuse_used(folder: Path) -> None:
         raise FileExistsError(f"{str(folder)!r} {what}. Choose another --out, or leave it out for a fresh folder.")
 
 
-def _check_data(story: VAE, dataset: Dataset, transform: checks.Transform | None) -> None:
+def _draws_alone(story: Story) -> bool:
+    return "num_observations" in inspect.signature(story.model).parameters
+
+
+def _check_data(
+    story: Story, wanted: configuration.DataConfiguration, dataset: Dataset, transform: checks.Transform | None
+) -> None:
     """Everything that could be wrong with the data is found here, before there is a folder."""
     if len(dataset.train.x) < 2:
         raise ValueError(f"Training needs at least two observations; the splits of {dataset.name} leave one.")
     # In the order of the source, so that a row has the number that the user knows it by.
     order = torch.cat([dataset.indices[name] for name in dataset.splits]).argsort()
-    x = torch.cat([split.x for split in dataset.splits.values()])[order]
-    checks.check(story, x, transform=transform)
+    parts = zip(*(columns_of(wanted, split) for split in dataset.splits.values()), strict=True)
+    columns = [torch.cat(part)[order] for part in parts]
+    try:
+        checks.check(story, *columns, transform=transform)
+    except TypeError as error:  # another number of columns
+        raise ValueError(f"{error} --with-labels hands the labels to the story as a second column.") from None
 
 
 def _begin(folder: Path, wanted: RunConfiguration, dataset: Dataset) -> None:
@@ -401,24 +488,26 @@ def _results(history: History, seconds: float, elbo: Evidence, evidence: Evidenc
     }
 
 
-def _floor(story: VAE, dataset: Dataset) -> dict[str, Any]:
-    """For a normal likelihood: its floor, and the share of scales that sit on it for held-out observations."""
-    if not isinstance(story.decoder, likelihoods.Normal):
+def _floor(story: Any, dataset: Dataset) -> dict[str, Any]:
+    """For a likelihood whose scale has a floor: its floor, and the share of held-out scales that sit on it."""
+    if not (isinstance(story, VAE) and isinstance(story.decoder, likelihoods.WithFloor)):
         return {}
     (x,) = traces.to_story(story, (dataset.test.x[:1000],))
     with traces.scoring(story):
-        share = likelihoods.share_on_floor(story.decoder, story.encoder(x).mean)
+        share = likelihoods.share_on_floor(story.decoder, plots.center(story.encoder(x)))
     return {"scale_floor": story.decoder.floor, "share_of_scales_on_floor": share}
 
 
-def _pictures(story: VAE, history: History, dataset: Dataset) -> dict[str, Figure]:
+def _pictures(story: Any, history: History, test: Split, columns: tuple[torch.Tensor, ...]) -> dict[str, Figure]:
     figures = {"learning_curve.png": plots.learning_curve(history)}
-    (x,) = traces.to_story(story, (dataset.test.x,))
+    x, *conditions = traces.to_story(story, columns)
     if plots.are_images(x):
-        figures["samples.png"] = plots.samples(story)
-        figures["reconstructions.png"] = plots.reconstructions(story, x[:PICTURED])
-        if story.configuration.latent_dim == 2:
-            figures["atlas.png"] = plots.latent_atlas(story, x, dataset.test.labels)
+        if _draws_alone(story):
+            figures["samples.png"] = plots.samples(story)
+        few = (condition[:PICTURED] for condition in conditions)
+        figures["reconstructions.png"] = plots.reconstructions(story, x[:PICTURED], *few)
+        if isinstance(story, VAE) and story.configuration.latent_dim == 2:
+            figures["atlas.png"] = plots.latent_atlas(story, x, test.labels)
     return figures
 
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, fields
 
 import numpy as np
 import pytest
+from sklearn.datasets import load_diabetes
 
 from ppl_vae import Evidence, runs
 from ppl_vae.cli import main
@@ -221,7 +222,12 @@ def test_every_option_reaches_the_configuration(capsys, files, out):
         "--likelihood.scale": "per-dimension",
         "--likelihood.initial": 0.4,
         "--likelihood.floor": 0.01,
+        "--prior": "mixture",
+        "--prior.components": 3,
         "--posterior.floor": 0.02,
+        "--objective": "importance-weighted",
+        "--objective.particles": 3,
+        "--beta": 0.5,
         "--network": "convolutional",
         "--network.channels": "2,3",
         "--epochs": 2,
@@ -237,7 +243,11 @@ def test_every_option_reaches_the_configuration(capsys, files, out):
     table = json.loads((out / "config.json").read_text())
     wanted = from_json({part: table[part] for part in ("data", "story", "training")}, RunConfiguration)
     assert wanted.data == DataConfiguration(str(files / "images.npy"), str(out.parent), True, "static")
-    assert wanted.training == TrainingConfiguration(2, 10, 0.5, 4, 9, 7, "svi", 5)
+    objective = CHOICES["objective"]["importance-weighted"](3)
+    assert wanted.training == TrainingConfiguration(
+        2, 10, 0.5, 4, 0.5, None, 9, 7, engine="svi", objective=objective, seed=5
+    )
+    assert wanted.story.prior == CHOICES["prior"]["mixture"](3)
     assert (wanted.story.event_shape, wanted.story.latent_dim) == ((1, 4, 4), 3)
     assert wanted.story.likelihood == CHOICES["likelihood"]["normal"]("per-dimension", 0.4, 0.01)
     assert wanted.story.posterior.floor == 0.02
@@ -297,8 +307,16 @@ def test_an_empty_folder_may_hold_the_run(capsys, files, out):
         (["--latent-dim", str(10**14)], ["cannot be built"]),
         (["--network.hidden-dims", "0"], ["found 0"]),
         (["--network.hidden-dims", "4,x"], ["--network.hidden-dims", "'4,x'"]),
-        (["--prior", "vamp"], ["--prior", "'vamp'", "standard-normal"]),
-        (["--likelihood", "poisson"], ["--likelihood", "'poisson'", "bernoulli", "normal"]),
+        (["--prior", "vampire"], ["--prior", "'vampire'", "standard-normal"]),
+        (["--likelihood", "fish"], ["--likelihood", "'fish'", "bernoulli", "normal"]),
+        (["--objective", "loss"], ["--objective", "'loss'", "elbo", "importance-weighted"]),
+        (["--objective.particles", "3"], ["--objective.particles does not belong to --objective elbo"]),
+        (["--prior", "mixture", "--prior.components", "0"], ["components must be at least 1"]),
+        (["--likelihood", "by-column", "--likelihood.columns", "fish"], ["Unknown likelihood 'fish'"]),
+        (["--story", "Mine"], ["--story takes path/to/file.py:Class; found 'Mine'"]),
+        (["--story", "nowhere.py:Mine"], ["There is no file", "nowhere.py"]),
+        (["--standardize", "bmi"], ["there is no column 'bmi' to standardize"]),
+        (["--beta", "0"], ["beta must be positive"]),
         (["--likelihood.scale", "0.1"], ["--likelihood.scale does not belong to --likelihood bernoulli"]),
         (["--network.channels", "4"], ["--network.channels does not belong to --network mlp"]),
         (["--likelihood", "normal", "--likelihood.scale", "-1"], ["scale must be positive"]),
@@ -612,14 +630,15 @@ def test_a_probability_beside_a_density_is_refused_in_one_line(capsys, trained):
 
 
 def test_sample_of_a_folder_without_a_run_is_one_line(capsys, tmp_path):
-    assert "There is no checkpoint" in refusal(capsys, "sample", tmp_path)
+    assert "There is no run" in refusal(capsys, "sample", tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_sample_of_a_damaged_checkpoint_is_one_line(capsys, tmp_path):
-    (tmp_path / runs.STORY).write_bytes(b"\0" * 100)
-    assert "is not a whole checkpoint" in refusal(capsys, "sample", tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == [runs.STORY]
+def test_sample_of_a_damaged_checkpoint_is_one_line(capsys, run):
+    before = sorted(run.iterdir())
+    (run / runs.STORY).write_bytes(b"\0" * 100)
+    assert "is not a whole checkpoint" in refusal(capsys, "sample", run)
+    assert sorted(run.iterdir()) == before
 
 
 @pytest.mark.parametrize(
@@ -636,6 +655,146 @@ def test_a_wrong_option_of_sample_is_one_line_and_no_file(arguments, word, capsy
     before = sorted(out.iterdir())
     assert word in refusal(capsys, "sample", out, *arguments)
     assert sorted(out.iterdir()) == before
+
+
+# Swapping parts -------------------------------------------------------------------------------------------------------
+
+
+def test_digits_are_counts_for_a_binomial(capsys, out):
+    said = ("--data", "digits", "--likelihood", "binomial", "--likelihood.total-count", 16, *SMALL)
+    assert "values in [0, 16]" in says(capsys, "train", "--out", out, *said).out
+    assert "bits per dimension" in says(capsys, "evidence", out, "--method", "prior", "--limit", 20).out
+    says(capsys, "sample", out, "--num-observations", 4)
+    drawn = np.load(out / "new-0.npz")["x"]
+    assert drawn.shape == (4, 1, 8, 8) and set(np.unique(drawn)) <= set(range(17))
+
+
+@pytest.fixture(scope="module")
+def diabetes(tmp_path_factory):
+    """A public table whose columns differ: age in years, sex, and eight measurements."""
+    table = load_diabetes(scaled=False).data
+    table[:, 1] -= 1
+    file = tmp_path_factory.mktemp("tables") / "diabetes.csv"
+    np.savetxt(file, table[:120], delimiter=",", header="age,sex,bmi,bp,s1,s2,s3,s4,s5,s6", comments="")
+    return file
+
+
+TABLE = ("--standardize", "bmi,bp,s1,s2,s3,s4,s5,s6", "--likelihood", "by-column", "--likelihood.columns")
+
+
+def test_a_table_of_mixed_columns_trains_is_scored_and_compared(capsys, diabetes, tmp_path):
+    swaps = {"normal": "poisson,bernoulli,8*normal", "student": "negative-binomial,categorical:2,8*student-t"}
+    for name, columns in swaps.items():
+        says(capsys, "train", "--data", diabetes, *TABLE, columns, "--out", tmp_path / name, *SMALL)
+    says(capsys, "evidence", tmp_path / "normal", "--method", "importance", "--num-particles", 5)
+    names = [tmp_path / name for name in swaps]
+    few = ("--method", "importance", "--num-particles", 5)
+    shown = says(capsys, "compare", *names, *few, "--plot", tmp_path / "differences.png").out
+    assert "normal" in shown and "student" in shown
+    assert (tmp_path / "differences.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_columns_that_do_not_fit_their_likelihood_are_named(capsys, diabetes, out):
+    refused = refusal(capsys, "train", "--data", diabetes, *TABLE, "9*poisson,normal", "--out", out)
+    assert "in columns 0 to 8; Poisson is a distribution over whole numbers" in refused
+    assert not out.exists()
+
+
+def test_pictures_of_comparisons_go_to_new_png_files(capsys, trained, tmp_path):
+    compared = ("compare", trained["plane"], trained["deep"])
+    assert "--plot is a file .png" in refusal(capsys, *compared, "--plot", tmp_path / "differences.pdf")
+    (tmp_path / "there.png").touch()
+    assert "is there already. Choose another --plot" in refusal(capsys, *compared, "--plot", tmp_path / "there.png")
+
+
+OWN = """
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import nn
+
+class Mine(nn.Module):
+    def __init__(self, event_shape):
+        super().__init__()
+        self.decoder, self.encoder = nn.Linear(1, *event_shape), nn.Linear(*event_shape, 2)
+
+    def model(self, x=None, *, num_observations=1):
+        with pyro.plate("observations", num_observations if x is None else len(x)):
+            z = pyro.sample("depth", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            return pyro.sample("x", dist.Bernoulli(logits=self.decoder(z)).to_event(1), obs=x)
+
+    def guide(self, x):
+        loc, scale = self.encoder(x).chunk(2, -1)
+        with pyro.plate("observations", len(x)):
+            pyro.sample("depth", dist.Normal(loc, scale.exp()).to_event(1))
+
+class Labelled(Mine):
+    def model(self, x, y):
+        super().model(x)
+
+    def guide(self, x, y):
+        super().guide(x)
+
+class Fails(nn.Module):
+    def __init__(self):
+        raise RuntimeError("no luck")
+
+class NoStory:
+    pass
+"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(OWN)
+    return file
+
+
+def test_a_story_of_ones_own_trains_and_is_scored_by_whoever_names_its_file(capsys, files, own, out):
+    story = ("--story", f"{own}:Mine")
+    says(capsys, "train", *story, "--data", files / "binary.npy", "--out", out, *SMALL)
+    assert "log p(x) of the test split" in says(capsys, "evidence", out, *story).out
+    says(capsys, "sample", out, *story, "--num-observations", 3)
+    assert np.load(out / "new-0.npz")["depth"].shape == (3, 1)
+
+
+def test_a_run_never_says_which_file_is_run(capsys, files, own, out):
+    says(capsys, "train", "--story", f"{own}:Mine", "--data", files / "binary.npy", "--out", out, *SMALL)
+    own.write_text("raise SystemExit('this file was run')")
+    for command in ("evidence", "sample"):
+        assert "say where it is, --story FILE.py:Mine" in refusal(capsys, command, out)
+
+
+def test_labels_are_a_column_of_ones_own_story_on_request(capsys, files, own, out):
+    x = np.load(files / "binary.npy")
+    np.savez(own.parent / "labelled.npz", x=x, labels=np.arange(len(x)) % 3)
+    said = ("train", "--story", f"{own}:Labelled", "--data", own.parent / "labelled.npz", "--out", out, *SMALL)
+    assert "is given 1 columns" in refusal(capsys, *said)
+    says(capsys, *said, "--with-labels")
+    assert "has no labels; leave --with-labels out" in refusal(
+        capsys, "train", "--data", files / "binary.npy", "--with-labels", "--out", own.parent / "other"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("Nobody", "has no class 'Nobody'"),
+        ("Fails", "Fails() in"),
+        ("Fails", "RuntimeError: no luck"),
+        ("NoStory", "is no nn.Module with the methods model and guide"),
+    ],
+)
+def test_a_file_without_a_story_is_one_line(capsys, files, own, out, name, words):
+    refused = refusal(capsys, "train", "--story", f"{own}:{name}", "--data", files / "binary.npy", "--out", out)
+    assert words in refused and not out.exists()
+
+
+def test_a_file_that_does_not_run_is_one_line(capsys, files, own, out):
+    own.write_text("1 / 0")
+    said = ("train", "--story", f"{own}:Mine", "--data", files / "binary.npy", "--out", out)
+    assert "does not run (ZeroDivisionError: division by zero)" in refusal(capsys, *said)
 
 
 # Leaving and starting -------------------------------------------------------------------------------------------------
@@ -675,6 +834,8 @@ def test_the_command_line_starts_without_heavy_imports():
         ["compare", "--help"],
         ["compare", "run"],
         ["compare", "run", "other", "--correction", "magic"],
+        ["evidence", "run", "--story", "Mine"],
+        ["train", "--prior", "mixture", "--prior.components", "0"],
     ],
     ids=" ".join,
 )

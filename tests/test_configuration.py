@@ -11,22 +11,34 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyro.infer import ELBO
 
 from ppl_vae import check, configuration, data, log_evidence
 from ppl_vae.configuration import (
     CHOICES,
+    POSITIVE,
+    STORY_SLOTS,
     Bernoulli,
+    Beta,
+    ByColumn,
     ComparisonConfiguration,
     Convolutional,
     DataConfiguration,
     DiagonalNormal,
     EvidenceConfiguration,
+    ImportanceWeighted,
+    MixturePrior,
     Mlp,
     Normal,
+    OwnStory,
+    Renyi,
     RunConfiguration,
     StandardNormal,
     StoryConfiguration,
     TrainingConfiguration,
+    UniformPrior,
+    Vamp,
+    ZeroInflatedPoisson,
     build,
     choice,
     from_json,
@@ -35,11 +47,15 @@ from ppl_vae.configuration import (
 from ppl_vae.evidence.comparison import compare
 from ppl_vae.evidence.estimators import Correction, MethodName
 
-EVERY_CHOICE = [(slot, word) for slot, words in CHOICES.items() for word in words]
+EVERY_CHOICE = [(slot, word) for slot in STORY_SLOTS for word in CHOICES[slot]]
+TABLE = ByColumn(("2*normal", "categorical:3", "poisson", "binomial:4"))
 
 
 def chosen(slot, word):
-    return StoryConfiguration(event_shape=(1, 6, 5), **{slot: CHOICES[slot][word]()})
+    if word == "by-column":
+        return StoryConfiguration(event_shape=(5,), likelihood=TABLE)
+    part = Vamp(components=7) if word == "vamp" else CHOICES[slot][word]()
+    return StoryConfiguration(event_shape=(1, 6, 5), **{slot: part})
 
 
 def through_json(table):
@@ -83,9 +99,9 @@ stories = st.builds(
     StoryConfiguration,
     event_shape=sizes,
     latent_dim=st.integers(1, 1000),
-    prior=st.builds(StandardNormal),
+    prior=st.builds(StandardNormal) | st.builds(MixturePrior, components=st.integers(1, 99)),
     likelihood=st.builds(Bernoulli)
-    | st.builds(Normal, scale=positive | st.sampled_from(configuration.SCALES), initial=positive, floor=positive),
+    | st.builds(Normal, scale=positive | st.sampled_from(POSITIVE), initial=positive, floor=positive),
     posterior=st.builds(DiagonalNormal, floor=positive),
     network=st.builds(Mlp, hidden_dims=sizes | st.just(())) | st.builds(Convolutional, channels=sizes),
 )
@@ -104,6 +120,10 @@ runs = st.builds(
         epochs=st.integers(1),
         batch_size=st.integers(1),
         learning_rate=positive,
+        beta=positive,
+        free_bits=st.none() | positive,
+        objective=st.builds(ImportanceWeighted, particles=st.integers(1, 99))
+        | st.builds(Renyi, alpha=st.floats(0, 0.9)),
         kl_warmup=st.integers(0),
         patience=st.integers(0),
         num_particles=st.integers(1),
@@ -122,7 +142,7 @@ def test_any_run_comes_back_from_json(wanted):
 @given(stories, st.data())
 def test_a_field_of_another_name_is_refused_wherever_it_stands(story, data):
     table = to_json(story)
-    place = data.draw(st.sampled_from([table, *(table[slot] for slot in CHOICES)]))
+    place = data.draw(st.sampled_from([table, *(table[slot] for slot in STORY_SLOTS)]))
     place["strange"] = 1
     with pytest.raises(ValueError, match=r"Unknown fields \['strange'\] of \w+; known are"):
         from_json(table)
@@ -146,20 +166,20 @@ def test_a_missing_field_is_named():
         from_json({"latent_dim": 2})
 
 
-@pytest.mark.parametrize("slot", CHOICES)
+@pytest.mark.parametrize("slot", STORY_SLOTS)
 @pytest.mark.parametrize("word", ["os.system", "ppl_vae.priors.StandardNormal", "StandardNormal", "", None, 3, [], {}])
 def test_a_word_outside_the_tables_is_refused(slot, word):
     with pytest.raises(ValueError, match=f"Unknown {slot} .*; choose one of {next(iter(CHOICES[slot]))}"):
         from_json(changed(**{slot: {"name": word}}))
 
 
-@pytest.mark.parametrize("slot", CHOICES)
+@pytest.mark.parametrize("slot", STORY_SLOTS)
 def test_a_choice_without_a_word_is_refused(slot):
     with pytest.raises(ValueError, match=f"Unknown {slot} None"):
         from_json(changed(**{slot: {}}))
 
 
-@pytest.mark.parametrize("slot", CHOICES)
+@pytest.mark.parametrize("slot", STORY_SLOTS)
 def test_a_choice_that_is_no_mapping_is_refused(slot):
     with pytest.raises(ValueError, match=f"(?i){slot}|fields of"):
         from_json(changed(**{slot: next(iter(CHOICES[slot]))}))
@@ -237,7 +257,7 @@ def test_a_number_that_is_not_positive_and_finite_is_refused(kind, field, value)
 
 
 def test_an_unknown_word_for_a_scale_names_the_words():
-    with pytest.raises(ValueError, match="learned, per-dimension, network; found 'wide'"):
+    with pytest.raises(ValueError, match="Unknown scale 'wide'; choose one of learned, per-dimension, network"):
         Normal(scale="wide")
 
 
@@ -270,8 +290,8 @@ def test_estimates_at_the_command_line_have_the_defaults_of_the_package(kind, fu
 
 def test_choice_looks_words_up_in_its_own_table_only():
     assert choice("likelihood", "normal") is Normal
-    with pytest.raises(ValueError, match="Unknown prior 'normal'; choose one of standard-normal"):
-        choice("prior", "normal")
+    with pytest.raises(ValueError, match="Unknown prior 'bernoulli'; choose one of standard-normal"):
+        choice("prior", "bernoulli")
 
 
 def test_a_configuration_does_not_change():
@@ -301,6 +321,57 @@ print(json.dumps(sorted(set(sys.modules) - before)))
     assert json.loads(result.stdout) == []
 
 
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (("gaussian",), "Unknown likelihood 'gaussian'; choose one of bernoulli"),
+        (("normal:3",), "such as 4\\*normal, poisson or categorical:3; found 'normal:3'"),
+        (("x*normal",), "found 'x\\*normal'"),
+        (("0*normal",), "found '0\\*normal'"),
+        (("categorical:many",), "a whole number after the colon; found 'categorical:many'"),
+        (("categorical:1",), "classes must be at least 2"),
+        (("by-column",), "found 'by-column'"),
+    ],
+)
+def test_a_column_that_stands_for_no_likelihood_is_refused(columns, message):
+    with pytest.raises(ValueError, match=message):
+        ByColumn(columns)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"), [((), "needs likelihood.columns"), (("normal",), "speaks of 1 columns")]
+)
+def test_columns_are_as_many_as_the_table_has(columns, message):
+    with pytest.raises(ValueError, match=message):
+        build(StoryConfiguration(event_shape=(5,), likelihood=ByColumn(columns)))
+
+
+def test_numbers_that_make_no_part_are_refused():
+    with pytest.raises(ValueError, match=r"prior\.low must lie below prior\.high; found 1\.0 and -1\.0"):
+        UniformPrior(low=1.0, high=-1.0)
+    with pytest.raises(ValueError, match=r"gate is a probability below 1; found 1\.5"):
+        ZeroInflatedPoisson(gate=1.5)
+    with pytest.raises(ValueError, match=r"objective\.alpha is a finite number other than 1; found 1"):
+        Renyi(alpha=1.0)
+
+
+def test_a_part_of_another_slot_is_refused():
+    with pytest.raises(ValueError, match=r"prior is one of StandardNormal, .*; found Beta"):
+        StoryConfiguration(event_shape=(5,), prior=Beta())
+
+
+def test_the_story_of_ones_own_is_remembered_by_name_and_not_built_from_it():
+    wanted = RunConfiguration(DataConfiguration(), OwnStory("a/b.py", "Mine", (5,)), TrainingConfiguration())
+    assert from_json(through_json(to_json(wanted)), RunConfiguration) == wanted
+
+
+@pytest.mark.parametrize("word", CHOICES["objective"])
+def test_every_objective_comes_back_from_json_and_is_a_loss_of_pyros(word):
+    training = TrainingConfiguration(objective=CHOICES["objective"][word]())
+    assert from_json(through_json(to_json(training)), TrainingConfiguration) == training
+    assert training.objective.build() is None or isinstance(training.objective.build(), ELBO)
+
+
 # What the words build -------------------------------------------------------------------------------------------------
 
 
@@ -309,10 +380,10 @@ def test_every_choice_builds_a_story_that_passes_its_check(slot, word):
     wanted = chosen(slot, word)
     story = build(wanted)
     assert story.configuration is wanted
-    check(story, torch.bernoulli(torch.rand(10, 1, 6, 5)))
+    check(story, story.model(num_observations=10).detach().float())
 
 
-@pytest.mark.parametrize("scale", [*configuration.SCALES, 0.3])
+@pytest.mark.parametrize("scale", [*POSITIVE, 0.3])
 def test_every_scale_of_a_normal_builds_a_story_that_passes_its_check(scale):
     story = build(StoryConfiguration(event_shape=(5,), likelihood=Normal(scale=scale), network=Mlp((8,))))
     check(story, torch.randn(10, 5))
@@ -367,7 +438,13 @@ def test_a_story_beyond_all_memory_is_refused_in_one_line(wanted):
 
 
 @pytest.mark.parametrize(
-    "kind", [DataConfiguration, TrainingConfiguration, EvidenceConfiguration, *(CHOICES[s][w] for s, w in EVERY_CHOICE)]
+    "kind",
+    [
+        DataConfiguration,
+        TrainingConfiguration,
+        EvidenceConfiguration,
+        *(k for w in CHOICES.values() for k in w.values()),
+    ],
 )
 def test_every_field_is_an_option_with_a_help_text(kind):
-    assert all(item.metadata["help"] for item in fields(kind))
+    assert all(item.metadata["help"] for item in fields(kind) if item.name not in CHOICES)

@@ -144,6 +144,7 @@ def test_record_survives_json_and_names_the_seed(x):
         "sizes": {"train": 28, "validation": 4, "test": 8},
         "seed": 5,
         "binarization": "static",
+        "standardized": False,
         "event_shape": [3],
         "sha256": record["sha256"],
     }

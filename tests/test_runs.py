@@ -298,7 +298,7 @@ def test_the_noise_is_ruled_by_the_seed_of_the_run_unless_told_otherwise(dataset
     asked = asked_for(epochs=1, seed=3)
     np.save(tmp_path / "x.npy", torch.cat([split.x for split in dataset.splits.values()]).numpy())
     wanted = RunConfiguration(DataConfiguration(str(tmp_path / "x.npy")), asked.story, asked.training)
-    loaded = runs.load_data(wanted.data, binarized=False, seed=3)
+    loaded = runs.load_data(wanted.data, "grey", seed=3)
     runs.train(wanted, loaded, tmp_path / "run", say=lambda text: None)
     found = {
         seed: score(tmp_path / "run", "test", asked=replace(IMPORTANCE, seed=seed))["test"].evidence
