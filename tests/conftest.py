@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "50000")  # before torch: waiting threads soon sleep, for busy machines
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, each in one thread
 
 import pyro
 import pytest

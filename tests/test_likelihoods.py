@@ -250,6 +250,20 @@ def test_captured_training_takes_the_steps_of_svi(make):
         assert torch.equal(tensor, twin.state_dict()[key]), key
 
 
+@each_likelihood
+def test_importance_sampling_agrees_with_quadrature(make, float64):
+    likelihood = make()
+    z = 0.5 * torch.randn(4, 2)
+    x = likelihood(z).sample().double()
+    wide = posteriors.DiagonalNormal(mlp(x.shape[1:], 8, 4), floor=1.0)
+    told = VAE(priors.StandardNormal(2), likelihood, wide)
+    exact = log_evidence(told, x, method="quadrature")
+    estimate = log_evidence(told, x, method="importance", num_particles=4000)
+    error = torch.tensor(estimate["standard_error"].values ** 2 + exact["standard_error"].values ** 2).sqrt()
+    assert exact["standard_error"].max() < 1e-3 and error.max() < 0.3
+    assert (torch.tensor(estimate["estimate"].values - exact["estimate"].values).abs() < 4.5 * error + 1e-6).all()
+
+
 def test_tables_are_comparable_only_where_their_columns_are():
     def story(*parts):
         return story_of(likelihoods.ByColumn(*parts), (2,))

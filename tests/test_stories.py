@@ -127,7 +127,13 @@ def test_a_captured_step_is_the_step_of_svi(make, columns):
     assert captured["train_elbo"] == pytest.approx(svi["train_elbo"], rel=1e-4)
 
 
-@each_story
+@pytest.mark.parametrize(
+    ("make", "columns"),
+    [
+        pytest.param(*told, id=name, marks=[pytest.mark.slow] * (name not in ("plain", "mixture")))
+        for name, told in ALL.items()
+    ],
+)
 def test_importance_sampling_agrees_with_pyros_own_sampler(make, columns):
     story = make()
     fit(story, *columns(), epochs=20, batch_size=16)

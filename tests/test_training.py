@@ -415,7 +415,7 @@ print(fingerprint(story))
 """
 
 
-@pytest.mark.parametrize("name", ["VAE", "conditional", "plain"])
+@pytest.mark.parametrize("name", ["VAE", pytest.param("conditional", marks=pytest.mark.slow), "plain"])
 def test_a_second_story_trains_as_in_a_fresh_process_bit_for_bit(name):
     fit(small_vae(), images(), epochs=1)  # the first story
     make, columns = STORIES[name]

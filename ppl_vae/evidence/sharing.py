@@ -87,12 +87,17 @@ def rows_with_equal_conditions(columns: Columns, scored: dict[str, int]) -> Iter
 def cross_log_prob(distribution: dist.TorchDistribution, x: Tensor, event_dim: int) -> Tensor:
     """log p_g(x_n) for G distributions and N observations, shape (N, G); densities summed over the event.
 
-    A function of the distribution's form: one matrix product for Bernoulli and for Normal, broadcasting for any other.
+    A function of the distribution's form: one matrix product for Bernoulli, Binomial, Poisson and Normal, broadcasting
+    for any other.
 
     Args:
         distribution: batch shape ``(G, *event)`` where ``event_dim`` counts the dimensions to sum over.
         x: observations, shape ``(N, *event)``.
     """
+    return _broadcast(distribution, x, event_dim)
+
+
+def _broadcast(distribution: dist.TorchDistribution, x: Tensor, event_dim: int) -> Tensor:
     log_p = distribution.log_prob(x.unsqueeze(1))
     return log_p.flatten(2).sum(2) if event_dim else log_p
 
@@ -106,6 +111,27 @@ def _(distribution: dist.Independent, x: Tensor, event_dim: int) -> Tensor:
 def _(distribution: dist.Bernoulli, x: Tensor, event_dim: int) -> Tensor:
     logits = distribution.logits.flatten(1) if event_dim else distribution.logits.unsqueeze(1)
     return torch.addmm(-softplus(logits).sum(1), x.reshape(len(x), -1), logits.T)
+
+
+@cross_log_prob.register
+def _(distribution: dist.Binomial, x: Tensor, event_dim: int) -> Tensor:
+    logits, count = (
+        t.flatten(1) if event_dim else t.unsqueeze(1) for t in (distribution.logits, distribution.total_count)
+    )
+    if not bool((count == count[:1]).all()):  # of other numbers of coins: another number of ways for each
+        return _broadcast(distribution, x, event_dim)
+    x, count = x.reshape(len(x), -1), count[0]
+    ways = (torch.lgamma(count + 1) - torch.lgamma(x + 1) - torch.lgamma(count - x + 1)).sum(1)
+    return ways.unsqueeze(1) + torch.addmm(-(count * softplus(logits)).sum(1), x, logits.T)
+
+
+@cross_log_prob.register
+def _(distribution: dist.Poisson, x: Tensor, event_dim: int) -> Tensor:
+    rate = distribution.rate.flatten(1) if event_dim else distribution.rate.unsqueeze(1)
+    if not bool((rate > 0).all()):  # where nothing can happen, 0 log 0 is no matrix product
+        return _broadcast(distribution, x, event_dim)
+    x = x.reshape(len(x), -1)
+    return torch.addmm(-rate.sum(1), x, rate.log().T) - torch.lgamma(x + 1).sum(1, keepdim=True)
 
 
 @cross_log_prob.register
