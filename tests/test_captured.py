@@ -301,6 +301,7 @@ TOLD_BY_PARTICLES = {
 } | {"shared prior": (vamp_vae, matrix), "flow": (flow_vae, matrix)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOLD_BY_PARTICLES)
 def test_the_doubly_reparameterized_gradient_is_captured_whatever_the_story(name):
     make, columns = TOLD_BY_PARTICLES[name]
@@ -696,7 +697,7 @@ def test_without_a_compiler_training_is_not_compiled_and_says_so(monkeypatch, tm
     from torch import _inductor
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(CapturedEngine, "_pays", lambda engine: True)
+    monkeypatch.setattr(CapturedEngine, "_pays", lambda engine, operations: True)
     columns = (rows(some_calls_and_a_rest(8))[:, 0],)
     with _inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "fx_graph_cache": False}):
         with pytest.raises(CaptureError, match="could not be compiled"):

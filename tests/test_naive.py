@@ -83,6 +83,7 @@ def repeats() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.array(means), np.array(printed), np.array(as_if_independent)
 
 
+@pytest.mark.slow
 def test_the_printed_error_of_the_mean_is_the_spread_over_seeds(repeats):
     means, printed, _ = repeats
     assert 0.8 < printed.mean() / means.std(ddof=1) < 1.25

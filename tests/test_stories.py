@@ -144,6 +144,7 @@ def test_importance_sampling_agrees_with_pyros_own_sampler(make, columns):
     assert (abs(ours["estimate"] - pyros["estimate"]) < 4 * error).all()
 
 
+@pytest.mark.slow
 @each_story
 def test_elbo_is_below_the_importance_estimate(make, columns):
     story = make()
@@ -163,6 +164,7 @@ def test_a_saved_story_gives_the_same_evidence_bit_for_bit(make, columns, tmp_pa
     assert before.equals(after)
 
 
+@pytest.mark.slow
 @each_story
 def test_the_story_works_in_double_precision(make, columns):
     story = make().double()
