@@ -428,6 +428,7 @@ def _check_gradients(story: Story, model_trace: Trace, guide_trace: Trace) -> No
     log_p = sum((site["log_prob"].sum() for site in sample_sites(model_trace).values()), torch.zeros(()))
     log_q = sum((site["log_prob"].sum() for site in sample_sites(guide_trace).values()), torch.zeros(()))
     total = log_p - log_q
+    _check_leaves_are_owned(story, total)
     trained = {name: parameter for name, parameter in story.named_parameters() if parameter.requires_grad}
     if trained and total.requires_grad:
         gradients = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
@@ -438,6 +439,23 @@ def _check_gradients(story: Story, model_trace: Trace, guide_trace: Trace) -> No
             f"{len(idle)} of {len(trained)} parameters receive no gradient, {idle[0]!r} first. Use it in the model or "
             "the guide, remove it, or call requires_grad_(False)."
         )
+
+
+def _check_leaves_are_owned(story: Story, total: Tensor) -> None:
+    """What the log probabilities have gradients for are parameters of the story."""
+    owned = {id(parameter) for _, parameter in story.named_parameters()}
+    seen: set[Any] = {None}
+    waiting: list[Any] = [total.grad_fn]
+    while waiting:
+        if (node := waiting.pop()) in seen:
+            continue
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions]
+        if (leaf := getattr(node, "variable", None)) is not None and id(leaf) not in owned:
+            raise ValueError(
+                f"The story computes with a trainable tensor of shape {tuple(leaf.shape)} that is none of its parameters: "
+                "it would never train. A plain function hides the network it holds; make it an nn.Module."
+            )
 
 
 # Names for distributions and their supports

@@ -473,7 +473,7 @@ class Bare(Shifted):
 
 
 class Hidden(Shifted):
-    """Its list is no ParameterList, so the optimizer does not know what is in it."""
+    """Its list is no ParameterList, so the optimizer does not know what is in it; the check looks in eval mode."""
 
     def __init__(self):
         super().__init__()
@@ -482,7 +482,8 @@ class Hidden(Shifted):
     def model(self, x):
         with pyro.plate("observations", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z + self.a + self.b + self.hidden[0], 1.0), obs=x)
+            hidden = self.hidden[0] if self.training else 0.5
+            pyro.sample("x", dist.Normal(z + self.a + self.b + hidden, 1.0), obs=x)
 
 
 class Branching(Shifted):

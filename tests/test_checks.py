@@ -1004,3 +1004,17 @@ def test_columns_of_a_model_that_takes_any_number_are_numbered(x):
     bad = x.clone()
     bad[3, 3] = torch.nan
     assert_says(refusal(story, x, bad), "data[1] is nan in row 3, column 3")
+
+
+def test_a_network_that_a_plain_function_hides_is_found():
+    hidden = nn.Linear(2, 3)
+    story = VAE(
+        prior=priors.StandardNormal(2),
+        decoder=lambda z: dist.Normal(hidden(z), 1.0).to_event(1),
+        encoder=posteriors.DiagonalNormal(mlp(3, 4)),
+    )
+    with pytest.raises(ValueError, match=r"a trainable tensor of shape \(3(, 2)?,?\) that is none of its parameters"):
+        check(story, torch.randn(10, 3))
+    for parameter in hidden.parameters():
+        parameter.requires_grad_(False)
+    check(story, torch.randn(10, 3))
