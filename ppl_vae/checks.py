@@ -453,7 +453,7 @@ def _check_leaves_are_owned(story: Story, total: Tensor) -> None:
         waiting += [following for following, _ in node.next_functions]
         if (leaf := getattr(node, "variable", None)) is not None and id(leaf) not in owned:
             raise ValueError(
-                f"The story computes with a trainable tensor of shape {tuple(leaf.shape)} that is none of its parameters: "
+                f"The story uses a trainable tensor of shape {tuple(leaf.shape)} that is none of its parameters: "
                 "it would never train. A plain function hides the network it holds; make it an nn.Module."
             )
 
