@@ -297,3 +297,15 @@ def test_a_double_precision_story_is_drawn():
     story = small_vae().double()
     assert png(plots.latent_atlas(story, images(6), size=2))
     assert png(plots.samples(story, 3))
+
+
+def test_the_atlas_of_another_prior_is_uniform_under_it():
+    story = VAE(
+        prior=priors.Uniform(2, -3.0, 5.0),
+        decoder=likelihoods.Bernoulli(mlp(2, (1, 2, 2))),
+        encoder=posteriors.Box(posteriors.DiagonalNormal(mlp((1, 2, 2), 4)), -3.0, 5.0),
+    )
+    left = plots.latent_atlas(story, torch.rand(5, 1, 2, 2), size=2).axes[0]
+    positions, words = left.get_xticks(), [text.get_text() for text in left.get_xticklabels()]
+    expected = [(float(word) + 3) / 8 for word in words]
+    assert len(words) > 3 and np.allclose(positions, expected, atol=4 / np.sqrt(20_000))
