@@ -12,7 +12,7 @@ from example_stories import images, small_vae
 from matplotlib.colors import to_rgba
 from torch import nn
 
-from ppl_vae import VAE, History, likelihoods, plots, posteriors, priors, traces
+from ppl_vae import VAE, History, likelihoods, networks, plots, posteriors, priors, traces
 
 
 @pytest.fixture(autouse=True)
@@ -302,8 +302,8 @@ def test_a_double_precision_story_is_drawn():
 def test_the_atlas_of_another_prior_is_uniform_under_it():
     story = VAE(
         prior=priors.Uniform(2, -3.0, 5.0),
-        decoder=likelihoods.Bernoulli(mlp(2, (1, 2, 2))),
-        encoder=posteriors.Box(posteriors.DiagonalNormal(mlp((1, 2, 2), 4)), -3.0, 5.0),
+        decoder=likelihoods.Bernoulli(networks.mlp(2, (1, 2, 2))),
+        encoder=posteriors.Box(posteriors.DiagonalNormal(networks.mlp((1, 2, 2), 4)), -3.0, 5.0),
     )
     left = plots.latent_atlas(story, torch.rand(5, 1, 2, 2), size=2).axes[0]
     positions, words = left.get_xticks(), [text.get_text() for text in left.get_xticklabels()]
