@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyro.infer import ELBO
 
-from ppl_vae import check, configuration, data, log_evidence
+from ppl_vae import check, configuration, data, load, log_evidence, save
 from ppl_vae.configuration import (
     CHOICES,
     POSITIVE,
@@ -381,6 +381,18 @@ def test_every_choice_builds_a_story_that_passes_its_check(slot, word):
     story = build(wanted)
     assert story.configuration is wanted
     check(story, story.model(num_observations=10).detach().float())
+
+
+@pytest.mark.parametrize(("slot", "word"), EVERY_CHOICE)
+def test_every_choice_comes_back_from_its_file_with_the_same_evidence(slot, word, tmp_path):
+    story = build(chosen(slot, word))
+    x = story.model(num_observations=4).detach().float()
+    save(story, tmp_path / "story.safetensors")
+    evidence, again = (
+        log_evidence(told, x, method="importance", num_particles=10)
+        for told in (story, load(tmp_path / "story.safetensors"))
+    )
+    assert evidence.dataset.equals(again.dataset)
 
 
 @pytest.mark.parametrize("scale", [*POSITIVE, 0.3])
