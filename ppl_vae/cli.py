@@ -22,8 +22,8 @@ from ppl_vae.configuration import (
     ComparisonConfiguration,
     DataConfiguration,
     EvidenceConfiguration,
-    Source,
     StoryConfiguration,
+    StoryFile,
     TrainingConfiguration,
 )
 
@@ -202,7 +202,7 @@ def _train(options: argparse.Namespace) -> None:
     objective = {"objective": chosen.pop("objective")}
     training = TrainingConfiguration(**(_values(options, TrainingConfiguration) | objective))
     data = DataConfiguration(**_values(options, DataConfiguration))
-    source = None if options.story is None else Source.parse(options.story)
+    source = None if options.story is None else StoryFile.parse(options.story)
     folder = options.out or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     say = print if not options.json else partial(print, file=sys.stderr)
 
@@ -236,7 +236,7 @@ def _evidence(options: argparse.Namespace) -> None:
     or --limit only where --out says."""
     asked = EvidenceConfiguration(**_values(options, EvidenceConfiguration))
     splits = list(dict.fromkeys(options.splits))
-    typed = [Source.parse(text) for text in options.story]
+    typed = [StoryFile.parse(text) for text in options.story]
     if options.out is not None:
         _refuse_out(options.out, splits)
 
@@ -279,7 +279,7 @@ def _compare(options: argparse.Namespace) -> None:
     split and binarized by the seed of the first run. Differences are paired."""
     asked = ComparisonConfiguration(**_values(options, ComparisonConfiguration))
     folders = _named(options.runs)
-    typed = [Source.parse(text) for text in options.story]
+    typed = [StoryFile.parse(text) for text in options.story]
     if options.plot is not None:
         _refuse_picture(options.plot)
 
@@ -306,7 +306,7 @@ def _sample(options: argparse.Namespace) -> None:
     """Draws new observations from the story of a run, to .npz and, if they are images, to .png."""
     if options.num_observations < 1:
         raise ValueError(f"--num-observations must be at least 1; found {options.num_observations}.")
-    typed = [Source.parse(text) for text in options.story]
+    typed = [StoryFile.parse(text) for text in options.story]
     out = options.out or options.run / f"new-{options.seed}"
 
     from ppl_vae import runs  # imports torch, seconds

@@ -757,10 +757,10 @@ class OwnStory:
 
 
 @dataclass(frozen=True)
-class Source:
+class StoryFile:
     """Where the class of a story of one's own is: ``path/to/file.py:Class``, as typed.
 
-    >>> Source.parse("stories/factors.py:ScaledFactors").name
+    >>> StoryFile.parse("stories/factors.py:ScaledFactors").name
     'ScaledFactors'
     """
 
@@ -768,7 +768,7 @@ class Source:
     name: str
 
     @classmethod
-    def parse(cls, text: str) -> "Source":
+    def parse(cls, text: str) -> "StoryFile":
         """ValueError where the text is not of that form."""
         file, _, name = text.rpartition(":")
         if not file.endswith(".py") or not name.isidentifier():

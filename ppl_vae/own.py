@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from ppl_vae import noise
-from ppl_vae.configuration import Source
+from ppl_vae.configuration import StoryFile
 from ppl_vae.traces import Story
 
 
-def make(source: Source, arguments: dict[str, Any], seed: int) -> Story:
+def make(source: StoryFile, arguments: dict[str, Any], seed: int) -> Story:
     """Runs the file and makes its story, with initial weights that are a function of the seed.
 
     Args:
@@ -42,7 +42,7 @@ def make(source: Source, arguments: dict[str, Any], seed: int) -> Story:
     return story  # pyright: ignore[reportReturnType]
 
 
-def _class(source: Source) -> Any:
+def _class(source: StoryFile) -> Any:
     if not source.file.is_file():
         raise FileNotFoundError(f"There is no file {str(source.file)!r} with a story in it.")
     spec = importlib.util.spec_from_file_location(source.file.stem, source.file)

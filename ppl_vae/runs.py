@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 import ppl_vae
 from ppl_vae import checks, configuration, data, likelihoods, own, plots, traces
 from ppl_vae.checkpoint import load, save, write_atomically
-from ppl_vae.configuration import EvidenceConfiguration, RunConfiguration, Source
+from ppl_vae.configuration import EvidenceConfiguration, RunConfiguration, StoryFile
 from ppl_vae.data import Dataset, Split
 from ppl_vae.evidence import Evidence, comparison, log_evidence
 from ppl_vae.evidence.comparison import Comparison
@@ -167,7 +167,7 @@ def train(
     return {"run": str(folder)} | results
 
 
-def open_run(folder: Path, device: str | None = None, typed: Sequence[Source] = ()) -> Run:
+def open_run(folder: Path, device: str | None = None, typed: Sequence[StoryFile] = ()) -> Run:
     """Reads a run.
 
     Args:
@@ -194,11 +194,11 @@ def open_run(folder: Path, device: str | None = None, typed: Sequence[Source] = 
 def _new_story(wanted: RunConfiguration) -> Any:
     """An untrained story of what was asked for at this command line."""
     if isinstance(wanted.story, configuration.OwnStory):
-        return _own_story(Source(Path(wanted.story.file), wanted.story.name), wanted)
+        return _own_story(StoryFile(Path(wanted.story.file), wanted.story.name), wanted)
     return configuration.build(wanted.story, wanted.training.seed)
 
 
-def _own_story(source: Source, wanted: RunConfiguration) -> Any:
+def _own_story(source: StoryFile, wanted: RunConfiguration) -> Any:
     return own.make(source, {"event_shape": wanted.story.event_shape}, wanted.training.seed)
 
 
@@ -237,7 +237,7 @@ def score(
     root: str | None = None,
     out: Path | None = None,
     device: str | None = None,
-    typed: Sequence[Source] = (),
+    typed: Sequence[StoryFile] = (),
 ) -> Iterator[Scored]:
     """Evidence of some splits of a run's data, or of another source, one after the other.
 
@@ -269,7 +269,7 @@ def compare(
     source: str | None = None,
     root: str | None = None,
     device: str | None = None,
-    typed: Sequence[Source] = (),
+    typed: Sequence[StoryFile] = (),
 ) -> Comparison:
     """Ranks runs, by name, by the evidence of their test observations, or of those of another source.
 
@@ -337,7 +337,7 @@ def _finite(value: Any) -> Any:
 
 
 def sample(
-    run: Path, out: Path, num_observations: int, seed: int, device: str | None = None, typed: Sequence[Source] = ()
+    run: Path, out: Path, num_observations: int, seed: int, device: str | None = None, typed: Sequence[StoryFile] = ()
 ) -> list[Path]:
     """Draws new observations from a run's story into ``out``.npz, and .png if they are images; returns the files.
 

@@ -12,9 +12,9 @@ Row = dict[str, float | int | str]
 class History:
     """The rows of ``metrics.jsonl``, one per epoch, and the engine that made them.
 
-    Columns: ``epoch`` (from 1), ``step`` (batches so far), ``train_elbo`` (nats per observation, as trained: with the
-    warm-up factor), ``validation_elbo`` (nats per observation, without them), ``kl_factor``, ``learning_rate``,
-    ``skipped_steps`` and ``seconds``. An ELBO is minus the loss that was passed to ``fit``.
+    Columns: ``epoch`` (from 1), ``step`` (batches so far), ``train_elbo`` (nats per observation, as trained: with
+    warm-up, beta and free bits), ``validation_elbo`` (nats per observation, without them), ``kl_factor``,
+    ``learning_rate``, ``skipped_steps`` and ``seconds``. An ELBO is minus the loss that was passed to ``fit``.
 
     >>> history = History("svi", [{"epoch": 1, "train_elbo": -9.0}, {"epoch": 2, "train_elbo": -8.0}])
     >>> history["train_elbo"]
