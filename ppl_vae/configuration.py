@@ -820,6 +820,8 @@ class TrainingConfiguration:
         _at_least(self, epochs=1, batch_size=1, kl_warmup=0, patience=0, num_particles=1, seed=0)
         _positive(self, "learning_rate", "beta", *(() if self.free_bits is None else ("free_bits",)))
         _check_part("objective", self.objective)
+        if self.free_bits is not None and not isinstance(self.objective, Elbo):
+            raise ValueError("free_bits is an objective of its own; leave it out, or the other objective.")
 
 
 # The splits of a data set, and the methods and corrections of log_evidence: written here too, so that the command line

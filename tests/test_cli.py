@@ -317,6 +317,7 @@ def test_an_empty_folder_may_hold_the_run(capsys, files, out):
         (["--story", "nowhere.py:Mine"], ["There is no file", "nowhere.py"]),
         (["--standardize", "bmi"], ["there is no column 'bmi' to standardize"]),
         (["--beta", "0"], ["beta must be positive"]),
+        (["--free-bits", "1", "--objective", "renyi"], ["free_bits is an objective of its own"]),
         (["--likelihood.scale", "0.1"], ["--likelihood.scale does not belong to --likelihood bernoulli"]),
         (["--network.channels", "4"], ["--network.channels does not belong to --network mlp"]),
         (["--likelihood", "normal", "--likelihood.scale", "-1"], ["scale must be positive"]),

@@ -115,13 +115,13 @@ runs = st.builds(
         binarization=st.sampled_from(["auto", "none", "static", "dynamic"]),
     ),
     story=stories,
-    training=st.builds(
+    training=st.builds(TrainingConfiguration, free_bits=positive)
+    | st.builds(
         TrainingConfiguration,
         epochs=st.integers(1),
         batch_size=st.integers(1),
         learning_rate=positive,
         beta=positive,
-        free_bits=st.none() | positive,
         objective=st.builds(ImportanceWeighted, particles=st.integers(1, 99))
         | st.builds(Renyi, alpha=st.floats(0, 0.9)),
         kl_warmup=st.integers(0),
