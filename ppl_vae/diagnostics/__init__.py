@@ -1,0 +1,1 @@
+"""Diagnostics: did variational inference work here, and where not? Each returns xarray data, which ``plots`` draws."""
