@@ -26,6 +26,11 @@ class Purpose(IntEnum):
     PREDICTIVE = 7
     PROPOSAL = 8
     BACKWARD = 9
+    CALIBRATION = 10
+    REFERENCE = 11
+    GAPS = 12
+    DRAWS = 13
+    COLLAPSE = 14
 
 
 def unit_seed(seed: int, purpose: Purpose, *indices: int) -> int:
