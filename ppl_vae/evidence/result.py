@@ -2,7 +2,6 @@
 
 import math
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, cast
@@ -10,6 +9,7 @@ from typing import Self, cast
 import numpy as np
 import xarray as xr
 
+from ppl_vae import tables
 from ppl_vae.checkpoint import write_atomically
 from ppl_vae.evidence.weights import FAIR, GOOD
 
@@ -184,6 +184,7 @@ class Evidence:
             ValueError: for another suffix.
             OSError: when the file cannot be written.
 
+        >>> import tempfile
         >>> import torch
         >>> from ppl_vae import VAE, likelihoods, log_evidence, networks, posteriors, priors
         >>> vae = VAE(
@@ -200,7 +201,10 @@ class Evidence:
         path = Path(path)
         if path.suffix not in (".nc", ".csv"):
             raise ValueError(f"Evidence is saved as .nc (netCDF, to be loaded again) or .csv; found {str(path)!r}.")
-        write_atomically(path, _netcdf(self.dataset) if path.suffix == ".nc" else _csv(self.dataset))
+        if path.suffix == ".nc":
+            tables.save(self.dataset, path)
+        else:
+            write_atomically(path, _csv(self.dataset))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -215,16 +219,12 @@ class Evidence:
             raise ValueError(f"{str(path)!r} has lost its attributes. Save evidence as .nc to load it again.")
         if not path.is_file():
             raise FileNotFoundError(f"There is no evidence {str(path)!r}.")
-        try:
-            with xr.open_dataset(path, engine="h5netcdf", decode_times=False) as file:
-                dataset = file.load().drop_encoding()
-        except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
-            raise ValueError(f"{str(path)!r} is not a whole netCDF file: {' '.join(str(error).split())}.") from None
+        dataset = tables.load(path)
         if missing := [name for name in VARIABLES if name not in dataset or dataset[name].dims != ("observation",)]:
             raise ValueError(f"{str(path)!r} holds no evidence: it has no {', '.join(missing)} over observation.")
         if "num_dimensions" not in dataset.attrs:
             raise ValueError(f"{str(path)!r} holds no evidence: it has no attribute num_dimensions.")
-        return cls(_plain(dataset))
+        return cls(dataset)
 
     def __str__(self) -> str:
         return str(self.summary())
@@ -285,23 +285,5 @@ def _tolerance(table: xr.Dataset) -> str:
     return f"{size} within a budget of {table.attrs['budget']} evaluations" if "budget" in table.attrs else size
 
 
-def _netcdf(dataset: xr.Dataset) -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        draft = Path(folder) / "evidence.nc"
-        dataset.to_netcdf(draft, engine="h5netcdf")
-        return draft.read_bytes()
-
-
 def _csv(dataset: xr.Dataset) -> bytes:
     return cast(str, dataset.to_dataframe().to_csv(na_rep="nan", lineterminator="\n")).encode()
-
-
-def _plain(dataset: xr.Dataset) -> xr.Dataset:
-    """Words as NumPy strings and attributes as Python's own types, as they were before they were written."""
-    words = {
-        name: (array.dims, array.values.astype(str), array.attrs)
-        for name, array in dataset.variables.items()
-        if array.dtype.kind in "OSU"
-    }
-    attrs = {name: value.item() if isinstance(value, np.generic) else value for name, value in dataset.attrs.items()}
-    return dataset.assign(words).assign_attrs(attrs)

@@ -1,0 +1,50 @@
+"""xarray tables in netCDF files: written whole or not at all, read without running anything."""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+
+from ppl_vae.checkpoint import write_atomically
+
+DAMAGED = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError)
+
+
+def save(dataset: xr.Dataset, path: Path) -> None:
+    """Writes a table; the file appears whole or not at all.
+
+    Raises:
+        OSError: when the file cannot be written.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        draft = Path(folder) / "table.nc"
+        dataset.to_netcdf(draft, engine="h5netcdf")
+        write_atomically(path, draft.read_bytes())
+
+
+def load(path: Path) -> xr.Dataset:
+    """Reads a table: numbers and words.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when it is no whole netCDF file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {str(path)!r}.")
+    try:
+        with xr.open_dataset(path, engine="h5netcdf", decode_times=False) as file:
+            return _plain(file.load().drop_encoding())
+    except DAMAGED as error:
+        raise ValueError(f"{str(path)!r} is not a whole netCDF file: {' '.join(str(error).split())}.") from None
+
+
+def _plain(dataset: xr.Dataset) -> xr.Dataset:
+    """Words as NumPy strings and attributes as Python's own types, as they were before they were written."""
+    words = {
+        name: (array.dims, array.values.astype(str), array.attrs)
+        for name, array in dataset.variables.items()
+        if array.dtype.kind in "OSU"
+    }
+    attrs = {name: value.item() if isinstance(value, np.generic) else value for name, value in dataset.attrs.items()}
+    return dataset.assign(words).assign_attrs(attrs)
