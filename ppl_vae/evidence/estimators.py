@@ -141,7 +141,7 @@ def log_evidence(
         estimation = _Estimation(joint, columns, Settings(num_particles, tolerance, budget), correction, seed, progress)
         parts, extra = estimation.run(method)
         measures = _base_measures(story, columns)
-        fingerprint = _fingerprint(story, columns)
+        data_fingerprint = fingerprint(story, columns)
     attributes = {
         "unit": "nats",
         "seed": seed,
@@ -151,7 +151,7 @@ def log_evidence(
         "tolerance": math.nan if tolerance is None else tolerance,
         "budget": budget if budget < UNLIMITED else 0,
         "base_measure": json.dumps(measures),
-        "fingerprint": fingerprint,
+        "fingerprint": data_fingerprint,
         "model_dtype": str(model_dtype or "").removeprefix("torch."),
     }
     dataset = _dataset(parts)
@@ -433,7 +433,7 @@ def _base_measure(support: Any) -> str:
     return runs[0][0] if len(runs) == 1 else "by column " + ", ".join(f"{number} {name}" for name, number in runs)
 
 
-def _fingerprint(story: Story, columns: Columns) -> str:
+def fingerprint(story: Story, columns: Columns) -> str:
     """A hash of the scored columns as they are; of all columns where the model scores something made from them."""
     at_sites = sharing.columns_at_sites(story, columns)
     as_they_are = set(at_sites) == set(sharing.observed_in(story, columns))
