@@ -1,12 +1,16 @@
-"""One pickle-free file that holds a story: safetensors for the numbers, JSON for what they belong to.
+"""One pickle-free file that holds a story: safetensors for the numbers, JSON for what they belong to, and a checksum.
 
 Reading a file never runs anything from it: no pickle, no import path. A story made from a configuration is rebuilt from
 the words in the file; any other story is filled.
 """
 
+import hashlib
 import json
 import os
+import platform
 import tempfile
+from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +23,14 @@ import ppl_vae
 from ppl_vae import configuration
 from ppl_vae.traces import Story
 
-FORMAT = "ppl_vae/checkpoint/0"
+FORMAT = "ppl_vae/checkpoint/1"
+
+# The checksum stands in the header, at the beginning of its JSON, and is that of the file with zeros in its place.
+BEFORE_CHECKSUM = rb"{\"sha256\": \""
+BLANK = "0" * 64
+BYTES_AT_ONCE = 2**20
+
+OF_STORY = "story/"
 
 S = TypeVar("S", bound=Story)
 
@@ -32,17 +43,59 @@ def save(story: Story, path: str | os.PathLike[str]) -> None:
     Raises:
         OSError: when the file cannot be written.
     """
-    # Copies, because safetensors refuses tensors that are parts of one another.
-    weights = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in story.state_dict().items()
-    }
-    ties = _ties(story.state_dict())
-    about: dict[str, Any] = {"format": FORMAT, "ppl_vae": ppl_vae.__version__, "ties": ties}
+    tensors, about = of_story(story)
+    write(Path(path), tensors, about)
+
+
+def of_story(story: Story) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What a file holds of a story: its tensors, each once, and which are tied, and its configuration."""
+    weights = story.state_dict()
+    ties = _ties(weights)
+    about: dict[str, Any] = {"ties": ties}
     if (made_from := getattr(story, "configuration", None)) is not None:
         about["configuration"] = configuration.to_json(made_from)
-    kept = {name: tensor for name, tensor in weights.items() if name not in ties}
-    write_atomically(Path(path), safetensors.torch.save(kept, {"about": json.dumps(about)}))
+    return {OF_STORY + name: tensor for name, tensor in weights.items() if name not in ties}, about
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Writes tensors and what they belong to, words and numbers, under a checksum; all of it or nothing.
+
+    Raises:
+        OSError: when the file cannot be written.
+        TypeError: when something is neither a word nor a number, nor made of them.
+    """
+    # Copies, because safetensors refuses tensors that are parts of one another.
+    whole = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+    said = {"sha256": BLANK, "format": FORMAT, "versions": versions(), **about}
+    write_atomically(path, sealed(safetensors.torch.save(whole, {"about": json.dumps(said)})))
+
+
+def versions() -> dict[str, str]:
+    """What a file was written with."""
+    packages = {name: metadata.version(name) for name in ("torch", "pyro-ppl")}
+    return {"ppl_vae": ppl_vae.__version__, "python": platform.python_version(), **packages}
+
+
+def sealed(content: bytes) -> bytes:
+    """The content of a file with its checksum in the place that was left for it."""
+    place = content.index(BEFORE_CHECKSUM) + len(BEFORE_CHECKSUM)
+    checksum = hashlib.sha256(content).hexdigest().encode()
+    return b"".join([memoryview(content)[:place], checksum, memoryview(content)[place + len(BLANK) :]])
+
+
+def _refuse_damaged(path: Path, checksum: object) -> None:
+    """Raises ValueError when a file is not the one that the checksum in it was made of."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        head = file.read(BYTES_AT_ONCE + len(BEFORE_CHECKSUM) + len(BLANK))
+        place = head.find(BEFORE_CHECKSUM) + len(BEFORE_CHECKSUM)
+        digest.update(head[:place] + BLANK.encode() + head[place + len(BLANK) :])
+        while more := file.read(BYTES_AT_ONCE):
+            digest.update(more)
+    if digest.hexdigest() != checksum:
+        raise ValueError(f"{str(path)!r} is damaged: its checksum is not that of its content.")
 
 
 def load(path: str | os.PathLike[str], story: S | None = None, device: torch.device | str | None = None) -> S | Any:
@@ -60,9 +113,10 @@ def load(path: str | os.PathLike[str], story: S | None = None, device: torch.dev
         FileNotFoundError: when there is no such file.
         ValueError: when it is no checkpoint, belongs to another story, or holds no configuration to rebuild from.
     """
-    about, weights = _read(Path(path))
+    about, tensors = read(Path(path))
+    weights = weights_of_story(path, about, tensors)
     filled: Any = _rebuild(path, about) if story is None else story
-    _fill(path, filled, weights, assign=story is None)
+    fill(path, filled, weights, assign=story is None)
     return filled if device is None else filled.to(device)
 
 
@@ -96,23 +150,26 @@ def _ties(weights: dict[str, Tensor]) -> dict[str, str]:
     return ties
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a file holds: words and numbers, and tensors by name.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when it is of another format, or not whole.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"There is no checkpoint {str(path)!r}.")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get("about", "{}"))
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (safetensors.SafetensorError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} is not a whole checkpoint: {error}.") from None
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         found = about.get("format") if isinstance(about, dict) else None
         raise ValueError(f"{str(path)!r} has the format {found!r}; this version reads {FORMAT!r}.")
-    for name, kept in _words(about.get("ties", {})).items():
-        if kept not in weights:
-            raise ValueError(f"{str(path)!r} ties {name!r} to {kept!r}, which it does not hold.")
-        weights[name] = weights[kept]
-    return about, weights
+    _refuse_damaged(path, about.get("sha256"))
+    return about, tensors
 
 
 def _words(ties: Any) -> dict[str, str]:
@@ -129,7 +186,20 @@ def _rebuild(path: str | os.PathLike[str], about: dict[str, Any]) -> Any:
         return configuration.build(configuration.from_json(about["configuration"]))
 
 
-def _fill(path: str | os.PathLike[str], story: Any, weights: dict[str, Tensor], assign: bool) -> None:
+def weights_of_story(
+    path: str | os.PathLike[str], about: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors of the story in a file by their own names, tied ones under each of theirs."""
+    weights = {name.removeprefix(OF_STORY): tensor for name, tensor in tensors.items() if name.startswith(OF_STORY)}
+    for name, kept in _words(about.get("ties", {})).items():
+        if kept not in weights:
+            raise ValueError(f"{str(path)!r} ties {name!r} to {kept!r}, which it does not hold.")
+        weights[name] = weights[kept]
+    return weights
+
+
+def fill(path: str | os.PathLike[str], story: Any, weights: dict[str, Tensor], assign: bool = False) -> None:
+    """Puts weights into a story that has the same; ValueError where it has others."""
     expected = {name: tuple(tensor.shape) for name, tensor in story.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     for name in sorted(expected.keys() | found.keys()):

@@ -55,13 +55,16 @@ def assert_same_bits(story, other):
 
 def write(path, about, weights=None):
     """A file with this metadata, as an attacker would write it."""
-    text = about if isinstance(about, str) else json.dumps({"format": checkpoint.FORMAT} | about)
-    safetensors.torch.save_file({"w": torch.zeros(1)} if weights is None else weights, path, {"about": text})
+    said = {"sha256": checkpoint.BLANK, "format": checkpoint.FORMAT}
+    text = about if isinstance(about, str) else json.dumps(said | about)
+    weights = {"w": torch.zeros(1)} if weights is None else weights
+    content = safetensors.torch.save({f"story/{name}": tensor for name, tensor in weights.items()}, {"about": text})
+    path.write_bytes(checkpoint.sealed(content) if checkpoint.BEFORE_CHECKSUM in content else content)
 
 
 def about(path):
     with safetensors.safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()["about"]), list(file.keys())
+        return json.loads(file.metadata()["about"]), [name.removeprefix("story/") for name in file.keys()]  # noqa: SIM118
 
 
 # There and back -------------------------------------------------------------------------------------------------------
@@ -344,7 +347,7 @@ def test_a_header_that_claims_more_than_the_file_holds_is_refused(path):
 
 def test_a_file_of_another_program_is_refused(path):
     safetensors.torch.save_file({"w": torch.zeros(1)}, path)
-    assert "has the format None; this version reads 'ppl_vae/checkpoint/0'" in refusal(path)
+    assert "has the format None; this version reads 'ppl_vae/checkpoint/1'" in refusal(path)
 
 
 def test_a_file_of_another_format_is_refused(path):

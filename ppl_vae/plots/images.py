@@ -44,8 +44,7 @@ def are_images(x: Tensor) -> bool:
 
 def image_panels(panels: dict[str, Tensor], columns: int = 8) -> Figure:
     """Sets of images ``(N, colours, height, width)`` side by side, each under its title; 1 is black, or the most."""
-    most = max(float(images.max()) for images in panels.values())
-    most = most if most > LARGEST_GREY else 1.0
+    most = brightest(*panels.values())
     figure = Figure(figsize=(4 * len(panels), 4.3), layout="constrained")
     for axes, (title, images) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
         axes.imshow(tile(images / most, columns), **INK)
@@ -54,13 +53,19 @@ def image_panels(panels: dict[str, Tensor], columns: int = 8) -> Figure:
     return figure
 
 
-def tile(images: Tensor, columns: int) -> np.ndarray:
+def brightest(*sets: Tensor) -> float:
+    """What is shown as black: 1 for grey levels, the largest value for counts."""
+    most = max(float(images.max()) for images in sets)
+    return most if most > LARGEST_GREY else 1.0
+
+
+def tile(images: Tensor, columns: int, gap: int = 1) -> np.ndarray:
     """Images laid out row by row, with a thin white gap; shape ``(height, width)``, or ``(height, width, 3)``.
 
     >>> tile(torch.zeros(10, 1, 28, 28), columns=5).shape
     (58, 145)
     """
-    padded = torch.nn.functional.pad(images.detach().float().cpu().clamp(0, 1), (0, 1, 0, 1))
+    padded = torch.nn.functional.pad(images.detach().float().cpu().clamp(0, 1), (0, gap, 0, gap))
     missing = -len(padded) % columns
     padded = torch.cat([padded, padded.new_zeros(missing, *padded.shape[1:])])
     rows = padded.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
