@@ -74,8 +74,12 @@ def write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -
 
 def versions() -> dict[str, str]:
     """What a file was written with."""
-    packages = {name: metadata.version(name) for name in ("torch", "pyro-ppl")}
-    return {"ppl_vae": ppl_vae.__version__, "python": platform.python_version(), **packages}
+    return {
+        "ppl_vae": ppl_vae.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "pyro-ppl": metadata.version("pyro-ppl"),
+    }
 
 
 def sealed(content: bytes) -> bytes:

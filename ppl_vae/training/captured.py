@@ -5,7 +5,7 @@ Compiled, several steps are one call; on CUDA a step is one launch of a CUDA gra
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, cast
 
@@ -64,6 +64,21 @@ class CapturedEngine:
         """The engine, and whether it compiled."""
         return "captured, compiled" if self.has_compiled else "captured"
 
+    @property
+    def learned(self) -> dict[str, float | int]:
+        """The arithmetic of a step, whether one was taken, and whether it is compiled (-1 where that is open)."""
+        return {
+            "started": int(self.started),
+            "flops": self.flops,
+            "compiled": int(self.has_compiled) if self.steps else -1,
+        }
+
+    def recall(self, learned: Mapping[str, Any]) -> None:
+        """Takes the same steps as the engine that learned this, unless it was said whether to compile."""
+        self.started, self.flops = bool(learned["started"]), int(learned["flops"])
+        if self.compiled is None and learned["compiled"] >= 0:
+            self.compiled = bool(learned["compiled"])
+
     def epoch(self, tally: Tally) -> None:
         """Takes every batch that the tally has not seen.
 
@@ -93,6 +108,7 @@ class CapturedEngine:
                 loss, norm = self.steps[len(rows)](*inputs, rows)
                 unread.add(loss.reshape(1), norm.reshape(1), len(rows))
                 number += 1
+            tally.rest(unread.read)
         unread.read()
 
     def _start(self, tally: Tally, rows: Tensor) -> None:

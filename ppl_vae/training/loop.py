@@ -3,11 +3,13 @@
 import copy
 import logging
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import pyro
@@ -22,7 +24,9 @@ from ppl_vae.checks import Transform
 from ppl_vae.noise import Purpose
 from ppl_vae.objectives import FreeBitsELBO, SummedOutELBO
 from ppl_vae.traces import Columns, Story, sample_sites
+from ppl_vae.training.best import Best
 from ppl_vae.training.captured import CapturedEngine
+from ppl_vae.training.checkpoints import Checkpoints, Training, fingerprint, restore
 from ppl_vae.training.history import History, Row
 from ppl_vae.training.steps import Engine, Optimizer, Tally, Task, Tempering
 from ppl_vae.training.svi import SVIEngine
@@ -59,6 +63,9 @@ def fit(
     seed: int = 0,
     device: torch.device | str | None = None,
     progress: bool | None = None,
+    checkpoints: str | os.PathLike[str] | None = None,
+    checkpoint_every: float = 60.0,
+    resume: str | os.PathLike[str] | None = None,
 ) -> History:
     """Trains a story by stochastic variational inference and returns its history.
 
@@ -97,12 +104,22 @@ def fit(
         seed: rules order, noise and transform.
         device: moves the story there first; None is where it is. Data follow the story, whole.
         progress: show a bar; None means when standard error is a terminal.
+        checkpoints: a folder for the last two checkpoints. SIGINT and SIGTERM then wait for the end of the step and
+            for a checkpoint; a second one does not.
+        checkpoint_every: seconds between them; the end of the training leaves one, too.
+        resume: a folder of checkpoints, or one of them, to go on with, in the middle of an epoch if need be. Story,
+            data and settings must be those of the interrupted training, but for ``epochs``, which is the total, and the
+            result is the same bit for bit on the same device, versions and number of threads. The callbacks' own state
+            is not kept.
 
     Returns:
         The :class:`History`.
 
     Raises:
-        ValueError: when an argument, the story or the data are not what they should be, before the first step.
+        ValueError: when an argument, the story or the data are not what they should be, before the first step; when a
+            checkpoint is damaged, or of another training.
+        FileNotFoundError: when there is no checkpoint to resume from.
+        OSError: when a checkpoint cannot be written.
         CaptureError: when ``engine="captured"`` was asked for and the story cannot be captured.
         FloatingPointError: when loss or gradient are not finite for ten batches in a row, or no validation ELBO is.
 
@@ -138,17 +155,31 @@ def fit(
     task = Task(
         story, columns, batch_size, elbo, torch_optimizer, clip, transform, tempering, bool(kl_warmup), dtype, seed
     )
-    engines = _Engines(task, engine, compile, epochs * math.ceil(len(columns[0]) / batch_size))
-    history, tally = History(engine=engines.current.name), None
-    best = _Best(story, patience, kl_warmup)
+    engines = _Engines(task, engine, compile, epochs * task.batches_in_epoch)
+    history, tally = History(engine=engines.name), Tally(task, 1)
+    best = Best(story, patience, kl_warmup)
+    asked = {"clip": clip, "kl_warmup": kl_warmup, "patience": patience, "engine": engine}
+    weights = {"beta": beta, "free_bits": free_bits}
+    asked |= {name: dict(w) if isinstance(w, Mapping) else w for name, w in weights.items()}
+    asked |= {"validation": len(held_out[0]) if held_out else 0}
+    training = Training(task, scheduler, history, best, engines, _settings(task) | asked)
+    if resume is not None:
+        tally = restore(Path(resume), training)
+    keeper = None if checkpoints is None else Checkpoints(Path(checkpoints), checkpoint_every, training)
 
-    bar = tqdm(total=epochs, desc="training", unit="epoch", disable=None if progress is None else not progress)
-    with bar, best, _training(story, device):
-        for epoch in range(1, epochs + 1):
-            started = time.perf_counter()
+    bar = tqdm(
+        total=epochs,
+        initial=len(history),
+        desc="training",
+        unit="epoch",
+        disable=None if progress is None else not progress,
+    )
+    with bar, best, _training(story, device), nullcontext() if keeper is None else keeper.finishing_steps():
+        while tally.epoch <= epochs and not best.is_over(tally.epoch - 1):
+            epoch, started = tally.epoch, time.perf_counter()
             tempering.factor = min(1.0, epoch / kl_warmup) if kl_warmup else 1.0
-            row: Row = {"epoch": epoch, "step": epoch * math.ceil(len(columns[0]) / batch_size)}
-            tally = Tally(task, epoch, tally.skipped_in_a_row if tally else 0)
+            row: Row = {"epoch": epoch, "step": epoch * task.batches_in_epoch}
+            tally.checkpoints = keeper
             history.engine = engines.take_epoch(tally)
             row |= tally.row
             row |= {"kl_factor": tempering.factor, "learning_rate": torch_optimizer.param_groups[0]["lr"]}
@@ -158,16 +189,31 @@ def fit(
                 row["validation_elbo"] = _validate(task, held_out_elbo, held_out)
             row["seconds"] = round(time.perf_counter() - started, 4)
             history.rows.append(row)
-            stop = best.seen(row)
+            best.seen(row)
             for callback in callbacks:
                 callback(story, row)
             bar.update()
             bar.set_postfix({key: f"{row[key]:.2f}" for key in ("train_elbo", "validation_elbo") if key in row})
-            if stop:
-                break
+            tally = Tally(task, epoch + 1, tally.skipped_in_a_row)
+        if keeper is not None:
+            keeper.write(tally)
     if held_out and best.weights is None:
         raise FloatingPointError("No epoch had a finite validation ELBO. Try a smaller learning rate, or clip.")
     return history
+
+
+def _settings(task: Task) -> dict[str, Any]:
+    """What must be the same where a training goes on."""
+    transform = task.transform
+    return {
+        "seed": task.seed,
+        "batch_size": task.batch_size,
+        "data": fingerprint(task.columns),
+        "loss": type(task.loss).__name__,
+        "optimizer": type(task.optimizer).__name__,
+        "transform": getattr(transform, "__name__", type(transform).__name__),
+        "precision": str(task.precision),
+    }
 
 
 class _Engines:
@@ -179,6 +225,22 @@ class _Engines:
         self.task = task
         self.may_change = wanted == "auto"
         self.current: Engine = SVIEngine(task) if wanted == "svi" else CapturedEngine(task, total_steps, compiled)
+
+    @property
+    def name(self) -> str:
+        """Of the one at work."""
+        return self.current.name
+
+    @property
+    def learned(self) -> dict[str, float | int]:
+        """What the one at work knows."""
+        return self.current.learned
+
+    def recall(self, learned: Mapping[str, Any]) -> None:
+        """Goes on with the engine that was at work."""
+        if self.may_change and learned["name"] == SVIEngine.name:
+            self.current = SVIEngine(self.task)
+        self.current.recall(learned)
 
     def take_epoch(self, tally: Tally) -> str:
         """Takes every batch of the tally's epoch; returns the name of the engine that did.
@@ -245,33 +307,6 @@ def _training(story: Story, device: torch.device) -> Iterator[None]:
         finally:
             for module, mode in modes.items():
                 module.training = mode
-
-
-class _Best:
-    """Remembers the weights of the best validation epoch, puts them back at the end, and knows when to stop."""
-
-    def __init__(self, story: Story, patience: int | None, kl_warmup: int) -> None:
-        self.story = story
-        self.patience = patience
-        self.kl_warmup = kl_warmup
-        self.elbo = -math.inf
-        self.epoch = 0
-        self.weights: dict[str, Tensor] | None = None
-
-    def seen(self, row: Row) -> bool:
-        """Takes in an epoch; True when patience is at its end."""
-        elbo, epoch = float(row.get("validation_elbo", -math.inf)), int(row["epoch"])
-        if elbo > self.elbo:
-            self.elbo, self.epoch = elbo, epoch
-            self.weights = {name: value.detach().clone() for name, value in self.story.state_dict().items()}
-        return self.patience is not None and epoch - max(self.epoch, self.kl_warmup) >= self.patience
-
-    def __enter__(self) -> "_Best":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self.weights is not None:
-            self.story.load_state_dict(self.weights)
 
 
 def _check_objective(

@@ -1,9 +1,10 @@
 """One step of training: what is learned from which data, and what happens to a gradient before it moves anything."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, Self, cast
 
 import pyro
 import torch
@@ -69,6 +70,11 @@ class Task:
     def device(self) -> torch.device:
         """Where everything is."""
         return self.columns[0].device
+
+    @property
+    def batches_in_epoch(self) -> int:
+        """How many batches the data make."""
+        return math.ceil(len(self.columns[0]) / self.batch_size)
 
     def batches(self, epoch: int) -> Sequence[Tensor]:
         """The row numbers of each batch of an epoch, in its own random order."""
@@ -147,11 +153,24 @@ def gradients_of(parameters: Iterable[Tensor]) -> list[Tensor]:
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
+TALLIED = {"epoch": int, "number": int, "total": float, "observations": int, "skipped": int, "skipped_in_a_row": int}
+
+
+class Keeper(Protocol):
+    """Writes checkpoints."""
+
+    @property
+    def are_due(self) -> bool: ...
+
+    def write(self, tally: "Tally") -> None: ...
+
+
 class Tally:
     """Adds up what the steps of an epoch report, and gives up after ten in a row that could not be taken.
 
     Attributes:
         number: of the next batch.
+        checkpoints: what to look after between steps; None where nothing is kept.
     """
 
     def __init__(self, task: Task, epoch: int, skipped_in_a_row: int = 0) -> None:
@@ -162,6 +181,30 @@ class Tally:
         self.observations = 0
         self.skipped = 0
         self.skipped_in_a_row = skipped_in_a_row
+        self.checkpoints: Keeper | None = None
+
+    @property
+    def step(self) -> int:
+        """Batches since the beginning of the training."""
+        return (self.epoch - 1) * self.task.batches_in_epoch + self.number
+
+    def rest(self, read: Callable[[], None] = lambda: None) -> None:
+        """Between two steps: a checkpoint, if it is time for one, after ``read`` has handed in every result."""
+        if self.checkpoints is not None and self.checkpoints.are_due:
+            read()
+            self.checkpoints.write(self)
+
+    def as_table(self) -> dict[str, float | int]:
+        """What :meth:`from_table` needs."""
+        return {name: getattr(self, name) for name in TALLIED}
+
+    @classmethod
+    def from_table(cls, task: Task, table: Mapping[str, float | int]) -> Self:
+        """The tally that was written down."""
+        tally = cls(task, int(table["epoch"]))
+        for name, kind in TALLIED.items():
+            setattr(tally, name, kind(table[name]))
+        return tally
 
     def add(self, loss: float, was_taken: bool, num_observations: int) -> None:
         """The next step: its summed loss, and whether the gradient was finite and it was taken.
@@ -191,6 +234,15 @@ class Engine(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def learned(self) -> dict[str, float | int]:
+        """What it knows of the task, for an engine that goes on with it."""
+        ...
+
+    def recall(self, learned: Mapping[str, Any]) -> None:
+        """Goes on with what another engine knew."""
+        ...
 
     def epoch(self, tally: Tally) -> None:
         """Takes every batch that the tally has not seen."""

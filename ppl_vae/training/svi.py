@@ -1,6 +1,7 @@
 """The reference engine: pyro.infer.SVI, one step after another."""
 
-from typing import cast
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from pyro.infer import SVI
@@ -43,6 +44,14 @@ class SVIEngine:
         self.optimizer = WholeStoryOptimizer(task.optimizer, task.clip)
         self.svi = SVI(*task.programs(), self.optimizer, task.loss)
 
+    @property
+    def learned(self) -> dict[str, float | int]:
+        """Nothing."""
+        return {}
+
+    def recall(self, learned: Mapping[str, Any]) -> None:
+        """There is nothing to know."""
+
     def epoch(self, tally: Tally) -> None:
         """Takes every batch that the tally has not seen."""
         for rows in self.task.batches(tally.epoch)[tally.number :]:
@@ -52,3 +61,4 @@ class SVIEngine:
             with matrix_products_in(self.task.precision):
                 loss = cast(float, self.svi.step(*batch))
             tally.add(loss, self.optimizer.moved, len(rows))
+            tally.rest()
