@@ -11,8 +11,8 @@ from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
 
-from ppl_vae import traces
-from ppl_vae.traces import Columns, Site, sample_sites
+from ppl_vae import noise, traces
+from ppl_vae.traces import Columns, Site, Story, sample_sites
 
 MAX_ASSIGNMENTS = 4096
 
@@ -108,3 +108,30 @@ def log_densities(
         log_p.expand(summed.size * num_rows).reshape(summed.size, num_rows).logsumexp(0)
         for log_p in (log_prior, log_prior + log_likelihood)
     )
+
+
+def draw_given(
+    program: Callable[..., Any], rows: Columns, latents: dict[str, Tensor], marked: Assignments
+) -> dict[str, Tensor]:
+    """A draw of p(marked | x, latents) for each row, by site name; nothing where no site is marked."""
+    if not marked.values:
+        return {}
+    each = [
+        Assignments({name: values[number : number + 1] for name, values in marked.values.items()})
+        for number in range(marked.size)
+    ]
+    log_joint = torch.stack([log_densities(program, rows, latents, one)[1] for one in each], dim=1)
+    chosen = dist.Categorical(logits=log_joint).sample()
+    return {name: values[chosen] for name, values in marked.values.items()}
+
+
+def posterior_predictive(story: Story, *columns: Tensor, seed: int = 0) -> Trace:
+    """The model told again with latents guessed for each row: new observations, the data are not seen again.
+
+    Latents that the model sums out are drawn given x and what the guide drew.
+    """
+    with noise.unit(columns[0].device, seed, noise.Purpose.PREDICTIVE), traces.scoring(story):
+        model_trace, guide_trace = traces.run(story, *columns)
+        latents = traces.draws(guide_trace)
+        latents |= draw_given(story.model, columns, latents, assignments(summed_out(model_trace, guide_trace)))
+        return traces.retell(story.model, columns, latents)

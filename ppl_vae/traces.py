@@ -202,9 +202,13 @@ def prior_predictive(story: Story, num_observations: int, *, seed: int = 0) -> T
         return poutine.trace(story.model).get_trace(num_observations=num_observations)
 
 
-def posterior_predictive(story: Story, *columns: Tensor, seed: int = 0) -> Trace:
-    """The model told again with the guide's latents for each row: new observations, the data are not seen again."""
-    with noise.unit(columns[0].device, seed, noise.Purpose.PREDICTIVE), scoring(story):
-        guide_trace = poutine.trace(story.guide).get_trace(*columns)
-        retold = poutine.uncondition(poutine.replay(story.model, trace=guide_trace))
-        return poutine.trace(retold).get_trace(*columns)
+def retell(program: Callable[..., Any], rows: Columns, latents: dict[str, Tensor]) -> Trace:
+    """A model told again with these latents, one of each for each row; all else is drawn, what was data as well.
+
+    With no latents this is the prior predictive given each row's conditions. The rows are only what the program
+    computes with them: a model that scores x and looks at it no further never sees it.
+    """
+    told = Trace()
+    for name, value in latents.items():
+        told.add_node(name, name=name, type="sample", is_observed=False, value=value, infer={})
+    return poutine.trace(poutine.uncondition(poutine.replay(program, trace=told))).get_trace(*rows)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from example_stories import ORACLES, linear_gaussian
 
-from ppl_vae import log_evidence
+from ppl_vae import log_evidence, noise, traces
+from ppl_vae.capture import Program
 from ppl_vae.evidence import replays
 from ppl_vae.evidence.replays import Replays
 
@@ -84,3 +85,57 @@ def test_compiled_densities_agree_to_rounding():
     compiled = log_evidence(story, x, method="importance", num_particles=2000, compile=True)
     plain = log_evidence(story, x, method="importance", num_particles=2000, compile=False)
     np.testing.assert_allclose(compiled["estimate"], plain["estimate"], rtol=1e-5)
+
+
+def drawn(density, story, x, calls):
+    """What a guide draws, each time from a unit of noise of its own."""
+    values = []
+    for number in range(calls):
+        with noise.unit(x.device, 0, noise.Purpose.DRAWS, number), traces.scoring(story):
+            values += density.call("guide", lambda x: (traces.draws(traces.run(story, x)[1])["z"],), x)
+    return torch.stack(values)
+
+
+def test_a_replay_draws_what_the_program_draws():
+    story, x = linear_gaussian(num_features=6, latent_dim=3), torch.randn(5, 6)
+    plain = drawn(Replays(patience=math.inf), story, x, 6)
+    density = Replays(patience=3)
+    assert torch.equal(drawn(density, story, x, 6), plain)
+    (program,) = density.programs.values()
+    assert isinstance(program, Program)
+    assert len(plain.unique()) == plain.numel()
+
+
+def test_capturing_leaves_the_generator_where_the_program_does():
+    density = Replays(patience=1)
+    torch.manual_seed(0)
+    density.call("draw", lambda x: (x + torch.randn(3),), torch.zeros(3))
+    after = torch.random.get_rng_state()
+    torch.manual_seed(0)
+    torch.randn(3)
+    assert torch.equal(torch.random.get_rng_state(), after)
+
+
+def test_whole_numbers_that_are_drawn_are_replayed():
+    density = Replays(patience=1)
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        (value,) = density.call("draw", lambda x: (torch.randint(100, (50,)) + x,), torch.zeros(50, dtype=torch.long))
+        torch.manual_seed(seed)
+        assert torch.equal(value, torch.randint(100, (50,)))
+    assert isinstance(next(iter(density.programs.values())), Program)
+
+
+def test_what_draws_outside_of_torch_is_evaluated_as_it_is(caplog):
+    density, generator = Replays(patience=2), np.random.default_rng(0)
+    with caplog.at_level(logging.INFO, "ppl_vae"):
+        values = {float(density.call("draw", lambda x: (x + generator.random(),), torch.zeros(1))[0]) for _ in range(9)}
+    assert len(values) == 9 and "gave other values" in caplog.text
+
+
+@pytest.mark.slow
+def test_what_draws_is_never_compiled():
+    density = Replays(compiled=True, patience=1)
+    for _ in range(2):
+        density.call("draw", lambda x: (x + torch.randn(2000),), torch.zeros(2000))
+    assert isinstance(next(iter(density.programs.values())), Program)

@@ -7,7 +7,7 @@ import torch
 from example_stories import STORIES, images, linear_gaussian, rows, small_vae
 from torch import nn
 
-from ppl_vae import traces
+from ppl_vae import discrete, traces
 
 
 @pytest.mark.parametrize("name", ["VAE", "convolutional", "plain"])
@@ -20,7 +20,7 @@ def test_prior_predictive_draws_every_site(name):
 
 @pytest.mark.parametrize(("make", "columns"), STORIES.values(), ids=STORIES)
 def test_posterior_predictive_does_not_hand_back_the_data(make, columns):
-    trace = traces.posterior_predictive(make(), *columns())
+    trace = discrete.posterior_predictive(make(), *columns())
     assert not torch.equal(traces.draws(trace)["x"], columns()[0])
     assert traces.observed_sites(trace) == {}
 
@@ -28,10 +28,21 @@ def test_posterior_predictive_does_not_hand_back_the_data(make, columns):
 def test_posterior_predictive_has_the_spread_of_the_story(float64):
     story = linear_gaussian(num_features=3, latent_dim=2)
     x = story.model(num_observations=1).detach().expand(100_000, 3)
-    draws = traces.draws(traces.posterior_predictive(story, x))["x"]
+    draws = traces.draws(discrete.posterior_predictive(story, x))["x"]
     weight, posterior = story.decoder.loc.weight, story.encoder(x[:1])
     expected = weight @ posterior.covariance_matrix[0] @ weight.T + 0.25 * torch.eye(3)
     assert torch.allclose(torch.cov(draws.T), expected, atol=0.02)
+
+
+def test_a_story_is_told_again_with_the_latents_that_it_is_given():
+    story, x = linear_gaussian(num_features=3, latent_dim=2), torch.zeros(4, 3)
+    z = torch.arange(8.0).reshape(4, 2)
+    with traces.scoring(story):
+        told = traces.retell(story.model, (x,), {"z": z})
+        untold = traces.retell(story.model, (x,), {})
+    assert torch.equal(traces.draws(told)["z"], z) and traces.observed_sites(told) == {}
+    assert torch.allclose(told.nodes["x"]["fn"].mean, story.decoder.loc(z))
+    assert not torch.equal(traces.draws(untold)["z"], z) and (traces.draws(untold)["x"] != 0).all()
 
 
 def test_predictive_draws_depend_on_the_seed_alone():

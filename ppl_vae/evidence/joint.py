@@ -9,6 +9,7 @@ from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyro.distributions as dist
 import torch
 from pyro import poutine
@@ -101,6 +102,19 @@ class LatentSpace:
         """The points of latents whose first dimension are rows, shape (R, K)."""
         parts = [self.transforms[name].inv(latents[name]) for name in self.event_shapes]
         return (torch.cat([part.reshape(len(part), -1) for part in parts], dim=1) - self.loc) / self.scale
+
+
+def coordinate_names(event_shapes: dict[str, torch.Size]) -> list[str]:
+    """A name for each number in these sites, in the order of their unconstrained coordinates.
+
+    >>> coordinate_names({"z": torch.Size([2]), "size": torch.Size([])})
+    ['z[0]', 'z[1]', 'size']
+    """
+    return [
+        f"{site}[{', '.join(map(str, place))}]" if place else site
+        for site, shape in event_shapes.items()
+        for place in np.ndindex(*shape)
+    ]
 
 
 def latent_space(story: Story, columns: Columns) -> LatentSpace | None:

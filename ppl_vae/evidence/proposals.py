@@ -68,15 +68,20 @@ class Block:
 
 
 def blocks(
-    joint: Joint, columns: Columns, seed: int, progress: bool | None = None, rows: Tensor | None = None
+    joint: Joint,
+    columns: Columns,
+    seed: int,
+    progress: bool | None = None,
+    rows: Tensor | None = None,
+    what: str = "evidence",
 ) -> Iterator[Block]:
-    """The observations in blocks, with a bar; or some rows of them, each in the block where it lies."""
+    """The observations in blocks, with a bar that says for what; or some rows of them, each in its block."""
     size = len(columns[0])
     wanted = torch.ones(size, dtype=torch.bool)
     if rows is not None:
         wanted = torch.zeros(size, dtype=torch.bool).index_fill(0, rows, True)
     starts = range(0, size, OBSERVATIONS_PER_UNIT)
-    for first in tqdm(starts, desc="evidence", unit="block", disable=None if progress is None else not progress):
+    for first in tqdm(starts, desc=what, unit="block", disable=None if progress is None else not progress):
         inside = wanted[first : first + OBSERVATIONS_PER_UNIT].nonzero().flatten()
         if len(inside):
             some = tuple(column[first : first + OBSERVATIONS_PER_UNIT] for column in columns)

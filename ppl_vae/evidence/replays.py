@@ -1,4 +1,4 @@
-"""Densities that are evaluated many thousand times: captured after some calls, compiled where that was asked for."""
+"""Densities and draws, asked for many thousand times: captured after some calls, compiled where that was wanted."""
 
 import logging
 from collections import Counter
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppl_vae import noise
 from ppl_vae.capture import CaptureError, Program, capture
 
 log = logging.getLogger("ppl_vae")
@@ -23,43 +24,61 @@ class Replays:
     """Calls functions of tensors; what was called often with tensors of the same shapes is replayed without Python.
 
     Args:
-        compiled: compile what is captured, if it has rows enough. Results then agree to rounding only.
+        compiled: compile what is captured, if it has rows enough and draws nothing. Results then agree to rounding.
+        patience: how many calls of a function come before it is captured; None is ``CALLS_BEFORE_CAPTURE``, and
+            infinity never captures.
     """
 
-    def __init__(self, compiled: bool = False) -> None:
+    def __init__(self, compiled: bool = False, patience: float | None = None) -> None:
         self.compiled = compiled
+        self.patience = patience
         self.calls: Counter[Any] = Counter()
         self.programs: dict[Any, Function] = {}
 
     def call(self, name: Any, function: Function, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """``function(*tensors)``. Functions of the same name are the same; their results are floating tensors."""
+        """``function(*tensors)``. Functions of the same name are the same.
+
+        One that draws random numbers draws them from torch's generators, and its replay draws the same numbers.
+        """
         key = (name, *((tensor.shape, tensor.dtype) for tensor in tensors))
         if key in self.programs:
             return self.programs[key](*tensors)
+        due = self.calls[key] + 1 == (CALLS_BEFORE_CAPTURE if self.patience is None else self.patience)
+        start = _generators(tensors[0].device) if due else ()
         values = function(*tensors)
         self.calls[key] += 1
-        if self.calls[key] == CALLS_BEFORE_CAPTURE:
-            self.programs[key] = self._replayable(name, function, tensors, values)
+        if due:
+            self.programs[key] = self._replayable(name, function, tensors, values, start)
         return values
 
     def _replayable(
-        self, name: Any, function: Function, tensors: tuple[Tensor, ...], values: tuple[Tensor, ...]
+        self,
+        name: Any,
+        function: Function,
+        tensors: tuple[Tensor, ...],
+        values: tuple[Tensor, ...],
+        start: tuple[Tensor, ...],
     ) -> Function:
-        """The captured function if it gives these values, else the function as it is."""
+        """The captured function if it gives these values from generators at ``start``, else the function as it is."""
+        device = tensors[0].device
+        end = _generators(device)
         try:
-            program = self._fastest(name, capture(function, *tensors), tensors)
-            replayed = program(*tensors)
+            program = self._fastest(name, capture(function, *tensors), tensors, draws=not _equal(start, end))
+            with noise.forked(device):
+                _set_generators(device, start)
+                replayed = program(*tensors)
+                agrees = _equal(_generators(device), end)
         except CaptureError as error:
             log.info("%s is evaluated as it is, because it cannot be captured: %s", name, error)
             return function
-        if all(_agree(*pair) for pair in zip(replayed, values, strict=True)):
+        if agrees and all(_agree(*pair) for pair in zip(replayed, values, strict=True)):
             return program
         log.info("%s is evaluated as it is, because its replay gave other values.", name)
         return function
 
-    def _fastest(self, name: Any, program: Program, tensors: tuple[Tensor, ...]) -> Function:
-        """The program, compiled where that is wanted and possible."""
-        if not self.compiled or max(len(tensor) for tensor in tensors) < ROWS_TO_COMPILE:
+    def _fastest(self, name: Any, program: Program, tensors: tuple[Tensor, ...], draws: bool) -> Function:
+        """The program, compiled where that is wanted and possible; compiled, it would draw other numbers."""
+        if not self.compiled or draws or max(len(tensor) for tensor in tensors) < ROWS_TO_COMPILE:
             return program
         try:
             return program.compiled(*tensors, frozen=True)
@@ -68,5 +87,23 @@ class Replays:
             return program
 
 
+def _generators(device: torch.device) -> tuple[Tensor, ...]:
+    """Where torch's generators stand, that of the CPU and that of ``device``."""
+    on_cuda = (torch.cuda.get_rng_state(device),) if device.type == "cuda" else ()
+    return torch.random.get_rng_state(), *on_cuda
+
+
+def _set_generators(device: torch.device, states: tuple[Tensor, ...]) -> None:
+    torch.random.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.cuda.set_rng_state(state, device)
+
+
+def _equal(states: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> bool:
+    return all(torch.equal(*pair) for pair in zip(states, others, strict=True))
+
+
 def _agree(replayed: Tensor, value: Tensor) -> bool:
+    if not value.is_floating_point():
+        return torch.equal(replayed, value)
     return torch.allclose(replayed, value, rtol=1e-4, atol=1e-5, equal_nan=True)
