@@ -1,27 +1,17 @@
 """Pictures of images: drawn, reconstructed, tiled."""
 
-from typing import Any
-
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ppl_vae import traces
+from ppl_vae import discrete, traces
+from ppl_vae.diagnostics.latent import center
 from ppl_vae.traces import Story
 
 LARGEST_GREY = 2.0  # beyond it pixels are counts
 
 INK = {"cmap": "gray_r", "vmin": 0.0, "vmax": 1.0, "interpolation": "nearest"}
-
-
-def center(distribution: Any) -> Tensor:
-    """The mean of a distribution, that of 64 draws where it has none in closed form, or the mode of classes."""
-    try:
-        mean = distribution.mean
-    except NotImplementedError:
-        return distribution.sample((64,)).mean(0)
-    return distribution.mode if mean.isnan().all() else mean
 
 
 def samples(story: Story, num_observations: int = 64, seed: int = 0) -> Figure:
@@ -32,7 +22,7 @@ def samples(story: Story, num_observations: int = 64, seed: int = 0) -> Figure:
 
 def reconstructions(story: Story, x: Tensor, *conditions: Tensor, seed: int = 0) -> Figure:
     """Images, the mean of p(x | z) for one z ~ q(z | x) of each, and an image drawn from it."""
-    site = traces.nodes(traces.posterior_predictive(story, x, *conditions, seed=seed))["x"]
+    site = traces.nodes(discrete.posterior_predictive(story, x, *conditions, seed=seed))["x"]
     panels = {"x": x, "mean of p(x | z), z ~ q(z | x)": center(site["fn"]), "x ~ p(x | z)": site["value"]}
     return image_panels(panels, columns=4)
 
