@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ppl_vae import noise, traces
+from ppl_vae.evidence import hamiltonian
 from ppl_vae.evidence.laplace import GRADIENT, cost_of_modes
 from ppl_vae.evidence.proposals import Block, Density, Laplace, LaplaceDensity, PriorDensity
 
@@ -22,7 +23,6 @@ FIRST_STEP_SIZE = 0.3
 ACCEPTED = 0.8
 ADAPTATION = 0.2
 LONGEST_STEP = 0.5  # with four leaps a third of a turn: longer ones come back to where they started
-JITTER = 0.2
 STEEPNESS = 4.0
 
 
@@ -174,30 +174,10 @@ class Annealing:
 
     def _move(self, state: State, temperature: float, step_size: Tensor) -> tuple[State, Tensor]:
         """One Hamiltonian step that leaves the path's density at this temperature as it is; and how often it moved."""
-        momentum = torch.randn_like(state.u)
-        jitter = 1 + JITTER * (2 * torch.rand(state.u.shape[:2]).to(state.u) - 1)
-        size = (step_size * jitter).unsqueeze(-1)
-        energy = momentum.square().sum(-1) / 2 - state.log_prob(temperature)
-        moved, momentum = state, momentum + size / 2 * self._pull(state, temperature)
-        for leap in range(self.num_leapfrog):
-            moved = self.state(moved.u + self._stretched(size * momentum))
-            last = leap + 1 == self.num_leapfrog
-            momentum = momentum + size / (2 if last else 1) * self._pull(moved, temperature)
-        change = energy - (momentum.square().sum(-1) / 2 - moved.log_prob(temperature))
-        accepted = torch.log(torch.rand(change.shape).to(change)) < change.nan_to_num(nan=-math.inf)
-        chosen = [
-            torch.where(accepted.reshape(accepted.shape + (1,) * (new.dim() - 2)), new, old)
-            for new, old in zip(vars(moved).values(), vars(state).values(), strict=True)
-        ]
-        return State(*chosen), accepted.to(change).mean(0)
-
-    def _pull(self, state: State, temperature: float) -> Tensor:
-        """The gradient in whitened coordinates, shape (C, N, K)."""
-        return torch.einsum("nkl,cnk->cnl", self.whitening, state.slope(temperature))
-
-    def _stretched(self, standard: Tensor) -> Tensor:
-        """A step in whitened coordinates as a step of u, shape (C, N, K)."""
-        return torch.einsum("nkl,cnl->cnk", self.whitening, standard)
+        impulse = hamiltonian.Impulse.like(state.u)
+        path = _AtTemperature(self, temperature)
+        moved = hamiltonian.move(path, state, impulse, self.whitening, step_size, self.num_leapfrog)
+        return moved.point, moved.accepted.to(state.u).mean(0)
 
     def state(self, u: Tensor) -> State:
         """The densities and gradients at points of shape (C, N, K)."""
@@ -210,3 +190,20 @@ class Annealing:
             log_start = self.density.log_prob(u, log_prior)
             (start_slope,) = torch.autograd.grad(log_start.sum(), u)
         return State(u.detach(), log_start.detach(), log_joint, start_slope, joint_slope)
+
+
+@dataclass(frozen=True)
+class _AtTemperature:
+    """The path's density at one temperature."""
+
+    annealing: Annealing
+    temperature: float
+
+    def at(self, u: Tensor) -> State:
+        return self.annealing.state(u)
+
+    def log_prob(self, point: State) -> Tensor:
+        return point.log_prob(self.temperature)
+
+    def slope(self, point: State) -> Tensor:
+        return point.slope(self.temperature)
