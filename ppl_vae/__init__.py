@@ -8,6 +8,7 @@ if TYPE_CHECKING:
         checks,
         configuration,
         data,
+        diagnostics,
         evidence,
         likelihoods,
         networks,
@@ -16,12 +17,14 @@ if TYPE_CHECKING:
         plots,
         posteriors,
         priors,
+        report,
         stories,
         traces,
         training,
     )
     from ppl_vae.checkpoint import load, save
     from ppl_vae.checks import check
+    from ppl_vae.diagnostics.conversion import to_arviz
     from ppl_vae.evidence import Evidence, compare, evidence_bounds, log_evidence
     from ppl_vae.training import History, fit
     from ppl_vae.vae import VAE
@@ -40,11 +43,13 @@ _HOME = {
     "load": "checkpoint",
     "log_evidence": "evidence",
     "save": "checkpoint",
+    "to_arviz": "diagnostics.conversion",
 }
 _MODULES = [
     "checks",
     "configuration",
     "data",
+    "diagnostics",
     "evidence",
     "likelihoods",
     "networks",
@@ -53,6 +58,7 @@ _MODULES = [
     "plots",
     "posteriors",
     "priors",
+    "report",
     "stories",
     "traces",
     "training",
@@ -67,6 +73,7 @@ __all__ = [
     "compare",
     "configuration",
     "data",
+    "diagnostics",
     "evidence",
     "evidence_bounds",
     "fit",
@@ -79,8 +86,10 @@ __all__ = [
     "plots",
     "posteriors",
     "priors",
+    "report",
     "save",
     "stories",
+    "to_arviz",
     "traces",
     "training",
 ]

@@ -1,4 +1,4 @@
-"""The command line: ``ppl-vae train``, ``evidence``, ``compare`` and ``sample``. Only this file prints.
+"""The command line, ``ppl-vae COMMAND``. Only this file prints.
 
 Options are made from the typed configurations. Nothing heavy is imported before the arguments are known to be right.
 """
@@ -6,8 +6,10 @@ Options are made from the typed configurations. Nothing heavy is imported before
 import argparse
 import json
 import os
+import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import Field, fields
 from datetime import datetime
 from functools import partial
@@ -21,10 +23,12 @@ from ppl_vae.configuration import (
     STORY_SLOTS,
     ComparisonConfiguration,
     DataConfiguration,
+    DiagnosisConfiguration,
     EvidenceConfiguration,
     StoryConfiguration,
     StoryFile,
     TrainingConfiguration,
+    hyphened,
 )
 
 EXPECTED_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, MemoryError)
@@ -61,6 +65,12 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train a story and judge it on held-out data", description=_train.__doc__)
     train.set_defaults(command=_train)
     train.add_argument("--out", type=Path, help="folder of the run (default: runs/<time>)")
+    train.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RUN",
+        help="go on with an interrupted run, or with more --epochs in all; its other settings are its own",
+    )
     _add_output_options(train)
     _add_options(train.add_argument_group("data"), DataConfiguration)
     story = train.add_argument_group("story")
@@ -94,6 +104,24 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of at least two runs")
     compare.add_argument("--plot", type=Path, metavar="FILE", help="a new picture .png of the paired differences")
     _add_evidence_options(compare, ComparisonConfiguration)
+
+    diagnose = commands.add_parser(
+        "diagnose", help="did inference work, and where not? on test observations", description=_diagnose.__doc__
+    )
+    diagnose.set_defaults(command=_diagnose)
+    diagnose.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
+    _add_own_stories(diagnose)
+    _add_output_options(diagnose)
+    _add_options(diagnose.add_argument_group("diagnosis"), DiagnosisConfiguration)
+
+    report = commands.add_parser(
+        "report", help="write one page that tells all about a run", description=_write_report.__doc__
+    )
+    report.set_defaults(command=_write_report)
+    report.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
+    report.add_argument("--out", type=Path, help="a file .html (default: RUN/report.html)")
+    _add_own_stories(report)
+    _add_output_options(report)
 
     sample = commands.add_parser("sample", help="draw new observations from a run", description=_sample.__doc__)
     sample.set_defaults(command=_sample)
@@ -135,10 +163,12 @@ def _add_options(group: Any, kind: type) -> None:
     """An option for each field that :func:`configuration.option` made."""
     for item in fields(kind):
         if item.type is bool:
-            word = _hyphened(item.name)
-            group.add_argument(f"--{word}", dest=word, action="store_true", help=item.metadata["help"])
+            word = hyphened(item.name)
+            group.add_argument(
+                f"--{word}", dest=word, action="store_true", default=argparse.SUPPRESS, help=item.metadata["help"]
+            )
         elif "help" in item.metadata:
-            _add_option(group, {"": item}, f"--{_hyphened(item.name)}", item.metadata["help"])
+            _add_option(group, {"": item}, f"--{hyphened(item.name)}", item.metadata["help"])
 
 
 def _add_choices(group: Any, slots: Sequence[str]) -> None:
@@ -148,13 +178,17 @@ def _add_choices(group: Any, slots: Sequence[str]) -> None:
         default = next(iter(choices))
         about = "; ".join(f"{word}: {kind.__doc__}" for word, kind in choices.items()).replace("%", "%%")
         group.add_argument(
-            f"--{slot}", choices=choices, default=default, metavar="NAME", help=f"{about} (default: {default})"
+            f"--{slot}",
+            choices=choices,
+            default=argparse.SUPPRESS,
+            metavar="NAME",
+            help=f"{about} (default: {default})",
         )
         for name in dict.fromkeys(item.name for kind in choices.values() for item in fields(kind)):
             owners = {word: item for word, kind in choices.items() for item in fields(kind) if item.name == name}
             meanings = dict.fromkeys(item.metadata["help"] for item in owners.values())
             text = f"of {', '.join(owners)}: {'; or '.join(meanings)}"
-            _add_option(group, owners, f"--{slot}.{_hyphened(name)}", text)
+            _add_option(group, owners, f"--{slot}.{hyphened(name)}", text)
 
 
 def _add_option(group: Any, owners: Mapping[str, Field[Any]], flag: str, text: str) -> None:
@@ -166,29 +200,25 @@ def _add_option(group: Any, owners: Mapping[str, Field[Any]], flag: str, text: s
     elif shown := next(iter(defaults.values())):
         text += f" (default: {shown})"
     parse, word = item.metadata["parse"], item.name.upper()
-    default = argparse.SUPPRESS if "." in flag else item.default
-    group.add_argument(flag, dest=flag.removeprefix("--"), type=parse, default=default, metavar=word, help=text)
+    dest = flag.removeprefix("--")
+    group.add_argument(flag, dest=dest, type=parse, default=argparse.SUPPRESS, metavar=word, help=text)
 
 
 def _shown(default: Any) -> str:
     return ",".join(map(str, default)) if isinstance(default, tuple) else "" if default is None else str(default)
 
 
-def _hyphened(name: str) -> str:
-    return name.replace("_", "-")
-
-
 def _values(options: argparse.Namespace, kind: type, prefix: str = "") -> dict[str, Any]:
     """What was said of the fields of a configuration."""
     said = vars(options)
-    return {item.name: said[key] for item in fields(kind) if (key := prefix + _hyphened(item.name)) in said}
+    return {item.name: said[key] for item in fields(kind) if (key := prefix + hyphened(item.name)) in said}
 
 
 def _part(options: argparse.Namespace, slot: str) -> Any:
     """The configuration chosen for a slot of the story; ValueError for an option of another choice."""
-    word = getattr(options, slot)
+    word = getattr(options, slot, next(iter(CHOICES[slot])))
     kind = CHOICES[slot][word]
-    known = {f"{slot}.{_hyphened(item.name)}" for item in fields(kind)}
+    known = {f"{slot}.{hyphened(item.name)}" for item in fields(kind)}
     if strangers := sorted(key for key in vars(options) if key.startswith(f"{slot}.") and key not in known):
         raise ValueError(f"--{strangers[0]} does not belong to --{slot} {word}.")
     return kind(**_values(options, kind, f"{slot}."))
@@ -198,13 +228,16 @@ def _train(options: argparse.Namespace) -> None:
     """Trains a variational autoencoder and reports log p(x) of held-out data. With no option: two latent dimensions,
     the 5,000 MNIST digits that come with the installation, under two minutes. --story trains one of your own instead;
     the other options of that group are then not used."""
+    say = print if not options.json else partial(print, file=sys.stderr)
+    if options.resume is not None:
+        _resume(options, say)
+        return
     chosen = {slot: _part(options, slot) for slot in CHOICES}
     objective = {"objective": chosen.pop("objective")}
     training = TrainingConfiguration(**(_values(options, TrainingConfiguration) | objective))
     data = DataConfiguration(**_values(options, DataConfiguration))
     source = None if options.story is None else StoryFile.parse(options.story)
     folder = options.out or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    say = print if not options.json else partial(print, file=sys.stderr)
 
     from ppl_vae import runs  # imports torch, seconds
 
@@ -217,8 +250,39 @@ def _train(options: argparse.Namespace) -> None:
         event_shape = tuple(dataset.event_shape)
         story = StoryConfiguration(event_shape=event_shape, **(_values(options, StoryConfiguration) | chosen))
     wanted = configuration.RunConfiguration(data, story, training)
-    results = runs.train(wanted, dataset, folder, options.device, say)
+    with _telling_how_to_go_on(folder):
+        results = runs.train(wanted, dataset, folder, options.device, say)
     print(runs.as_json(results) if options.json else _report(results))
+
+
+# What may be said beside --resume.
+WITH_RESUME = ("command", "resume", "epochs", "device", "json", "story")
+
+
+def _resume(options: argparse.Namespace, say: Callable[..., None]) -> None:
+    """Goes on with a run."""
+    if others := [name for name, value in vars(options).items() if name not in WITH_RESUME and value is not None]:
+        raise ValueError(f"--{others[0]} does not go with --resume: the run keeps its settings, but for --epochs.")
+    epochs = getattr(options, "epochs", None)
+    if epochs is not None:
+        TrainingConfiguration(epochs=epochs)
+    typed = [] if options.story is None else [StoryFile.parse(options.story)]
+
+    from ppl_vae import runs  # imports torch, seconds
+
+    with _telling_how_to_go_on(options.resume):
+        results = runs.resume(options.resume, epochs, options.device, typed, say)
+    print(runs.as_json(results) if options.json else _report(results))
+
+
+@contextmanager
+def _telling_how_to_go_on(run: Path) -> Iterator[None]:
+    """Where training is interrupted, says how to go on."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        print(f"ppl-vae: go on with: ppl-vae train --resume {shlex.quote(str(run))}", file=sys.stderr)
+        raise
 
 
 def _report(results: dict[str, Any]) -> str:
@@ -300,6 +364,37 @@ def _named(folders: Sequence[Path]) -> dict[str, Path]:
         raise ValueError("The same run is given twice; compare takes different runs.")
     names = [Path(os.path.abspath(folder)).name for folder in folders]
     return {str(folder) if names.count(name) > 1 else name: folder for name, folder in zip(names, folders, strict=True)}
+
+
+def _diagnose(options: argparse.Namespace) -> None:
+    """Diagnoses the inference of a run on its test observations: quality of the guide, calibration, collapse, gaps,
+    predictive checks, outliers and the latent space. Each table is kept in RUN/diagnosis once it is there; what an
+    interrupted diagnosis left is not computed again. Read it with: ppl-vae report RUN."""
+    asked = DiagnosisConfiguration(**_values(options, DiagnosisConfiguration))
+    typed = [StoryFile.parse(text) for text in options.story]
+
+    from ppl_vae import runs  # imports torch, seconds
+
+    diagnosis = runs.diagnose(options.run, asked, options.device, typed)
+    print(
+        runs.as_json(runs.diagnosis_table(diagnosis, options.run)) if options.json else runs.diagnosis_text(diagnosis)
+    )
+
+
+def _write_report(options: argparse.Namespace) -> None:
+    """Writes one self-contained page about a run: its story, data, training, log p(x), and what the diagnosis found, as
+    far as there is one. It needs no network."""
+    typed = [StoryFile.parse(text) for text in options.story]
+    out = options.out or options.run / "report.html"
+    if out.suffix != ".html":
+        raise ValueError(f"--out is a file .html; found {str(out)!r}.")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {str(out.parent)!r} for --out.")
+
+    from ppl_vae import runs  # imports torch, seconds
+
+    runs.report(options.run, out, options.device, typed)
+    print(json.dumps({"file": str(out)}) if options.json else f"wrote {out}")
 
 
 def _sample(options: argparse.Namespace) -> None:

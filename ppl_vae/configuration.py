@@ -859,6 +859,18 @@ class ComparisonConfiguration(EvidenceConfiguration):
 
 
 @dataclass(frozen=True)
+class DiagnosisConfiguration:
+    """Which test observations of a run are diagnosed, and how."""
+
+    limit: int = option(1000, "diagnose only the first so many test observations")
+    sections: tuple[str, ...] = option((), "only these, separated by commas (default: all that apply)", words)
+    seed: int | None = option(None, "rules the noise (default: the seed of the run)", int)
+
+    def __post_init__(self) -> None:
+        _at_least(self, limit=2, seed=0)
+
+
+@dataclass(frozen=True)
 class RunConfiguration:
     """All that a run is made from: ``config.json`` holds it."""
 
@@ -952,6 +964,34 @@ def to_json(configuration: Any) -> dict[str, Any]:
             value = to_json(value)
         table[item.name] = list(value) if isinstance(value, tuple) else value
     return table
+
+
+def to_arguments(configuration: Any, prefix: str = "") -> list[str]:
+    """The options of ``ppl-vae train`` that make a configuration, without those that are as by default.
+
+    >>> to_arguments(StoryConfiguration(event_shape=(5,), latent_dim=3, prior=Vamp(components=50)))
+    ['--latent-dim', '3', '--prior', 'vamp', '--prior.components', '50']
+    """
+    arguments: list[str] = []
+    for item in fields(configuration):
+        value, flag = getattr(configuration, item.name), f"--{prefix}{hyphened(item.name)}"
+        if item.name in CHOICES:
+            default, *_ = CHOICES[item.name].values()
+            word = to_json(configuration)[item.name]["name"]
+            arguments += ([] if type(value) is default else [flag, word]) + to_arguments(value, f"{item.name}.")
+        elif isinstance(value, OwnStory):
+            arguments += [flag, f"{value.file}:{value.name}"]
+        elif is_dataclass(value):
+            arguments += to_arguments(value)
+        elif "help" in item.metadata and value != item.default:
+            shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            arguments += [flag] if value is True else [flag, shown]
+    return arguments
+
+
+def hyphened(name: str) -> str:
+    """A field as the command line writes it."""
+    return name.replace("_", "-")
 
 
 def from_json(table: Any, kind: type = StoryConfiguration) -> Any:

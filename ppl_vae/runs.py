@@ -8,6 +8,7 @@ and pictures. Runs are scored again, and compared, on the data that they recorde
 import inspect
 import json
 import math
+import shlex
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,17 +25,34 @@ from matplotlib.figure import Figure
 import ppl_vae
 from ppl_vae import checks, configuration, data, likelihoods, own, plots, traces
 from ppl_vae.checkpoint import load, save, write_atomically
-from ppl_vae.configuration import EvidenceConfiguration, RunConfiguration, StoryFile
+from ppl_vae.configuration import DiagnosisConfiguration, EvidenceConfiguration, RunConfiguration, StoryFile
 from ppl_vae.data import Dataset, Split
+from ppl_vae.diagnostics import Diagnosis, diagnosis, findings
+from ppl_vae.diagnostics.findings import as_text
+from ppl_vae.diagnostics.latent import center
 from ppl_vae.evidence import Evidence, comparison, log_evidence
 from ppl_vae.evidence.comparison import Comparison
+from ppl_vae.evidence.estimators import fingerprint
+from ppl_vae.locks import claimed
+from ppl_vae.report import Account, page
 from ppl_vae.traces import Story
 from ppl_vae.training import History, fit
+from ppl_vae.training.checkpoints import files_in, rows_in
 from ppl_vae.training.history import Row
 from ppl_vae.vae import VAE
 
 FORMAT = "ppl_vae/run/0"
 CONFIGURATION, METRICS, STORY, RESULTS = "config.json", "metrics.jsonl", "story.safetensors", "results.json"
+DIAGNOSIS, CHECKPOINTS, REPORT = "diagnosis", "checkpoints", "report.html"
+REPORTED = (
+    "epochs",
+    "best_epoch",
+    "engine",
+    "training_seconds",
+    "test_elbo",
+    "scale_floor",
+    "share_of_scales_on_floor",
+)
 ELBO_PARTICLES = 64
 PICTURED = 32
 
@@ -126,31 +144,86 @@ def train(
         ValueError: when story and data do not fit; the folder is then not made.
     """
     refuse_used(folder)
-    training, transform = wanted.training, torch.bernoulli if dataset.binarization == "dynamic" else None
     story = _new_story(wanted).to(torch_device(device))
-    _check_data(story, wanted.data, dataset, transform)
-    _begin(folder, wanted, dataset)
-    say(str(dataset))
+    _check_data(story, wanted.data, dataset, _transform(dataset))
+    folder.mkdir(parents=True, exist_ok=True)
+    with claimed(folder):
+        _begin(folder, wanted, dataset)
+        say(str(dataset))
+        return _train_and_judge(story, wanted, dataset, folder, say)
 
+
+def resume(
+    run: Path,
+    epochs: int | None = None,
+    device: str | None = None,
+    typed: Sequence[StoryFile] = (),
+    say: Say = print,
+) -> dict[str, Any]:
+    """Goes on with a run that was interrupted, or trains one for more epochs; returns its results.
+
+    Args:
+        run: its folder, or one of its checkpoints, to go on with that one.
+        epochs: how many in all; None is as many as were asked for.
+        device: where to train.
+        typed: classes of stories of one's own.
+        say: is told what happens.
+
+    Raises:
+        FileNotFoundError: when there is no run.
+        BlockingIOError: when another process is at it.
+        ValueError: when the run is damaged, or its data have changed.
+    """
+    folder, start = (run.parent.parent, run) if run.suffix == ".safetensors" else (run, run / CHECKPOINTS)
+    wanted, record = _read_configuration(folder / CONFIGURATION)
+    if epochs is not None:
+        wanted = replace(wanted, training=replace(wanted.training, epochs=epochs))
+    with claimed(folder):
+        dataset = load_data(wanted.data, pixels_of(wanted.story), wanted.training.seed)
+        _refuse_changed(folder, wanted, record, dataset)
+        story = _story_of(wanted, folder, typed).to(torch_device(device))
+        _begin(folder, wanted, dataset)
+        files = [start] if start.is_file() else files_in(start)
+        rows = rows_in(files[0]) if files else []
+        _write_metrics(folder, rows)
+        say(f"going on after {len(rows)} epochs" if files else "no checkpoint was reached: starting anew")
+        return _train_and_judge(story, wanted, dataset, folder, say, start if files else None)
+
+
+def _train_and_judge(
+    story: Any,
+    wanted: RunConfiguration,
+    dataset: Dataset,
+    folder: Path,
+    say: Say,
+    start: Path | None = None,
+) -> dict[str, Any]:
+    """Trains a story, from a checkpoint if there is one, then judges and pictures it."""
+    training, columns = wanted.training, partial(columns_of, wanted.data)
     started = time.perf_counter()
-    columns = partial(columns_of, wanted.data)
-    history = fit(
-        story,
-        *columns(dataset.train),
-        validation=columns(dataset.validation),
-        epochs=training.epochs,
-        batch_size=training.batch_size,
-        optimizer=partial(torch.optim.Adam, lr=training.learning_rate, fused=True),
-        loss=training.objective.build(),
-        transform=transform,
-        kl_warmup=training.kl_warmup,
-        beta=training.beta,
-        free_bits=training.free_bits,
-        patience=training.patience or None,
-        engine=cast(Any, training.engine),
-        callbacks=[partial(_append_metrics, folder)],
-        seed=training.seed,
-    )
+    try:
+        history = fit(
+            story,
+            *columns(dataset.train),
+            validation=columns(dataset.validation),
+            epochs=training.epochs,
+            batch_size=training.batch_size,
+            optimizer=partial(torch.optim.Adam, lr=training.learning_rate, fused=True),
+            loss=training.objective.build(),
+            transform=_transform(dataset),
+            kl_warmup=training.kl_warmup,
+            beta=training.beta,
+            free_bits=training.free_bits,
+            patience=training.patience or None,
+            engine=cast(Any, training.engine),
+            callbacks=[partial(_append_metrics, folder)],
+            seed=training.seed,
+            checkpoints=folder / CHECKPOINTS,
+            resume=start,
+        )
+    except (KeyboardInterrupt, SystemExit):
+        save(story, folder / STORY)
+        raise
     seconds = time.perf_counter() - started
     save(story, folder / STORY)
     say(f"trained {len(history)} epochs in {seconds:.0f} s; the weights of epoch {history.best_epoch} were best")
@@ -164,7 +237,16 @@ def train(
     _write_json(folder / RESULTS, results)
     for name, figure in _pictures(story, history, dataset.test, test).items():
         figure.savefig(folder / name, dpi=110)
+    run = Run(folder, wanted, dataset.record, story)
+    write_atomically(
+        folder / REPORT, page(_account(run, dataset, diagnosis.read(folder / DIAGNOSIS), history)).encode()
+    )
     return {"run": str(folder)} | results
+
+
+def _transform(dataset: Dataset) -> checks.Transform | None:
+    """What is done to a batch of training data."""
+    return torch.bernoulli if dataset.binarization == "dynamic" else None
 
 
 def open_run(folder: Path, device: str | None = None, typed: Sequence[StoryFile] = ()) -> Run:
@@ -180,15 +262,20 @@ def open_run(folder: Path, device: str | None = None, typed: Sequence[StoryFile]
         ValueError: when a file of it is damaged, its own story was not typed, or the device is not there.
     """
     wanted, record = _read_configuration(folder / CONFIGURATION)
-    story = None
-    if isinstance(wanted.story, configuration.OwnStory):
-        sources = {source.name: source for source in typed}
-        if wanted.story.name not in sources:
-            raise ValueError(
-                f"{str(folder)!r} holds a story of your own: say where it is, --story FILE.py:{wanted.story.name}."
-            )
-        story = _own_story(sources[wanted.story.name], wanted)
+    story = _story_of(wanted, folder, typed) if isinstance(wanted.story, configuration.OwnStory) else None
     return Run(folder, wanted, record, load(folder / STORY, story=story, device=torch_device(device)))
+
+
+def _story_of(wanted: RunConfiguration, folder: Path, typed: Sequence[StoryFile]) -> Any:
+    """An untrained story of a run; its class, where it is of one's own, is among those that were typed."""
+    if not isinstance(wanted.story, configuration.OwnStory):
+        return _new_story(wanted)
+    sources = {source.name: source for source in typed}
+    if wanted.story.name not in sources:
+        raise ValueError(
+            f"{str(folder)!r} holds a story of your own: say where it is, --story FILE.py:{wanted.story.name}."
+        )
+    return _own_story(sources[wanted.story.name], wanted)
 
 
 def _new_story(wanted: RunConfiguration) -> Any:
@@ -218,11 +305,8 @@ def data_of(run: Run, source: str | None = None, root: str | None = None) -> Dat
     wanted = replace(run.wanted.data, **said)
     pixels = pixels_of(run.wanted.story)
     dataset = load_data(wanted, pixels, run.seed)
-    if source is None and dataset.fingerprint != run.record.get("sha256"):
-        raise ValueError(
-            f"{wanted.data!r} is not what {str(run.folder)!r} was trained on any more: its fingerprint has changed. "
-            "Give --data to score what is there now."
-        )
+    if source is None:
+        _refuse_changed(run.folder, run.wanted, run.record, dataset)
     _refuse_other_shape(run, dataset)
     if dataset.binarization != "dynamic":
         return dataset
@@ -319,6 +403,106 @@ def comparison_table(compared: Comparison, folders: Mapping[str, Path]) -> dict[
     }
 
 
+def diagnose(
+    folder: Path, asked: DiagnosisConfiguration, device: str | None = None, typed: Sequence[StoryFile] = ()
+) -> Diagnosis:
+    """Diagnoses a run on its test observations; the folder ``diagnosis`` in it keeps each table once it is there.
+
+    Raises:
+        FileNotFoundError: when there is no run.
+        ValueError: when the run is damaged, its data have changed, or a section is unknown.
+    """
+    run = open_run(folder, device, typed)
+    test = data_of(run).test
+    columns = run.columns(test, asked.limit)
+    return diagnosis.diagnose(
+        run.story,
+        *columns,
+        labels=None if test.labels is None else test.labels[: asked.limit],
+        evidence=_known_evidence(run, run.columns(test), len(columns[0])),
+        sections=asked.sections or tuple(diagnosis.SECTIONS),
+        folder=folder / DIAGNOSIS,
+        seed=run.seed if asked.seed is None else asked.seed,
+    )
+
+
+def _known_evidence(run: Run, columns: traces.Columns, limit: int) -> Evidence | None:
+    """The saved evidence of the first test observations, if the best method for each estimated it."""
+    file = _evidence_file(run.folder, "test")
+    if not file.exists():
+        return None
+    table = Evidence.load(file).dataset
+    with traces.scoring(run.story):
+        known = table.attrs.get("fingerprint") == fingerprint(run.story, columns)
+        if not known or table.attrs.get("method") != "auto":
+            return None
+        first = tuple(column[:limit] for column in columns)
+        return Evidence(table.isel(observation=slice(limit)).assign_attrs(fingerprint=fingerprint(run.story, first)))
+
+
+def diagnosis_text(found: Diagnosis) -> str:
+    """A diagnosis in words."""
+    return as_text(found)
+
+
+def diagnosis_table(found: Diagnosis, folder: Path) -> dict[str, Any]:
+    """A diagnosis, fit for JSON: what was found in words, and the numbers of each section that are not tables."""
+    return {
+        "run": str(folder),
+        "findings": [asdict(finding) for finding in findings(found)],
+        "sections": {section: dict(table.attrs) for section, table in found.items()},
+        "unavailable": found.unavailable,
+    }
+
+
+def report(folder: Path, out: Path, device: str | None = None, typed: Sequence[StoryFile] = ()) -> None:
+    """Writes the report of a run, as far as it has been trained and diagnosed.
+
+    Raises:
+        FileNotFoundError: when there is no run.
+        ValueError: when a file of the run is damaged.
+    """
+    run = open_run(folder, device, typed)
+    dataset = data_of(run)
+    found = diagnosis.read(folder / DIAGNOSIS)
+    write_atomically(out, page(_account(run, dataset, found, _history(folder))).encode())
+
+
+def _account(run: Run, dataset: Dataset, found: Diagnosis, history: History | None) -> Account:
+    """What a report tells of a run."""
+    table = next(iter(found.values()), None)
+    limit = DiagnosisConfiguration().limit if table is None else table.attrs["num_diagnosed"]
+    results = json.loads((run.folder / RESULTS).read_text(encoding="utf-8")) if (run.folder / RESULTS).exists() else {}
+    names = dataset.label_names or ()
+    about = json.loads((run.folder / CONFIGURATION).read_text(encoding="utf-8"))
+    arguments = shlex.join(["ppl-vae", "train", *configuration.to_arguments(run.wanted)])
+    return Account(
+        title=run.folder.resolve().name,
+        story=run.story,
+        columns=run.columns(dataset.test, limit),
+        diagnosis=found,
+        history=history,
+        label_names=dict(enumerate(names)),
+        data={name.replace("_", " "): str(value) for name, value in dataset.record.items()},
+        training={name.replace("_", " "): str(value) for name, value in results.items() if name in REPORTED},
+        versions={name: str(about[name]) for name in ("ppl_vae", "torch") if name in about},
+        commands=[arguments, "ppl-vae diagnose RUN", "ppl-vae report RUN"],
+    )
+
+
+def _history(folder: Path) -> History | None:
+    """What ``metrics.jsonl`` tells of the training; None where nothing does."""
+    file = folder / METRICS
+    if not file.exists():
+        return None
+    try:
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        rows = [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{str(file)!r} is damaged: {error}.") from None
+    return History("", rows) if rows else None
+
+
 def as_json(table: dict[str, Any], indent: int | None = None) -> str:
     """A table as JSON, in which there is no NaN or infinity: null stands for them.
 
@@ -398,7 +582,6 @@ def _check_data(
 
 
 def _begin(folder: Path, wanted: RunConfiguration, dataset: Dataset) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     about = {"format": FORMAT, "ppl_vae": ppl_vae.__version__, "torch": str(torch.__version__)}
     _write_json(folder / CONFIGURATION, about | configuration.to_json(wanted) | {"dataset": dataset.record})
 
@@ -445,6 +628,15 @@ def _refuse_other_test(first: Run, dataset: Dataset, other: Run, own: Dataset) -
         )
 
 
+def _refuse_changed(folder: Path, wanted: RunConfiguration, record: Mapping[str, Any], dataset: Dataset) -> None:
+    """Raises ValueError when the data of a run are others by now."""
+    if dataset.fingerprint != record.get("sha256"):
+        raise ValueError(
+            f"{wanted.data.data!r} is not what {str(folder)!r} was trained on any more: its fingerprint has changed. "
+            "Give --data to score what is there now."
+        )
+
+
 def _provenance(run: Run) -> str:
     return f"{run.record.get('name')}, binarization {run.record.get('binarization')}, seed {run.seed}"
 
@@ -459,6 +651,11 @@ def _refuse_trained_on(run: Run, dataset: Dataset, own: Dataset) -> None:
             f"{str(run.folder)!r} was trained on some test observations: its seed {run.seed} splits {own.name!r} "
             f"otherwise than seed {dataset.seed}. Give --data with observations that no run has seen."
         )
+
+
+def _write_metrics(folder: Path, rows: Sequence[Row]) -> None:
+    """The epochs that a checkpoint knows: those after it are trained again."""
+    write_atomically(folder / METRICS, "".join(as_json(row) + "\n" for row in rows).encode())
 
 
 def _append_metrics(folder: Path, story: object, row: Row) -> None:
@@ -494,7 +691,7 @@ def _floor(story: Any, dataset: Dataset) -> dict[str, Any]:
         return {}
     (x,) = traces.to_story(story, (dataset.test.x[:1000],))
     with traces.scoring(story):
-        share = likelihoods.share_on_floor(story.decoder, plots.center(story.encoder(x)))
+        share = likelihoods.share_on_floor(story.decoder, center(story.encoder(x)))
     return {"scale_floor": story.decoder.floor, "share_of_scales_on_floor": share}
 
 

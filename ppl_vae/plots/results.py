@@ -5,8 +5,18 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ppl_vae.evidence import Comparison
+from ppl_vae.evidence import Comparison, Evidence
+from ppl_vae.evidence.result import VERDICTS
 from ppl_vae.training import History
+
+VERDICT_COLORS = {
+    "exact": "tab:blue",
+    "good": "tab:green",
+    "fair": "gold",
+    "poor": "tab:red",
+    "unresolved": "tab:purple",
+    "bound": "tab:gray",
+}
 
 
 def learning_curve(history: History) -> Figure:
@@ -68,6 +78,30 @@ def _with_band(
     """A line with a band of two errors around it."""
     axes.plot(x, y, color=color, marker=".", label=label)
     axes.fill_between(x, y - 2 * error, y + 2 * error, color=color, alpha=0.15, lw=0)
+
+
+def evidence(table: xr.Dataset) -> Figure:
+    """log p(x) of observations, stacked by verdict, with the mean and two test sampling errors of it.
+
+    Args:
+        table: the dataset of an :class:`ppl_vae.Evidence`.
+    """
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.subplots()
+    estimate, verdict = table["estimate"].values, table["verdict"].values
+    finite = np.isfinite(estimate)
+    words = [word for word in VERDICTS if (verdict[finite] == word).any()]
+    edges = np.histogram_bin_edges(estimate[finite], bins="auto")
+    colors = [VERDICT_COLORS[word] for word in words]
+    axes.hist([estimate[finite & (verdict == word)] for word in words], edges, stacked=True, label=words, color=colors)
+    summary = Evidence(table).summary()
+    axes.axvline(summary.mean, color="black", lw=1, label="mean")
+    error = 2 * np.nan_to_num(summary.test_sampling_error)
+    axes.axvspan(summary.mean - error, summary.mean + error, color="black", alpha=0.15, lw=0)
+    axes.set(xlabel="log p(x) (nats)", ylabel="observations")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
 
 
 def comparison(compared: Comparison) -> Figure:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ppl_vae import checkpoint
 from ppl_vae.training.best import Best
-from ppl_vae.training.history import History
+from ppl_vae.training.history import History, Row
 from ppl_vae.training.steps import Tally, Task
 
 OPTIMIZER, BEST = "optimizer/", "best/"
@@ -170,6 +170,15 @@ def files_in(folder: Path) -> list[Path]:
     """The checkpoints in a folder, the latest first."""
     found = {file: NAME.fullmatch(file.name) for file in folder.glob("step-*.safetensors")}
     return sorted((file for file, match in found.items() if match), key=lambda file: file.name, reverse=True)
+
+
+def rows_in(file: Path) -> list[Row]:
+    """The epochs that a checkpoint has behind it."""
+    training = checkpoint.read(file)[0].get("training")
+    rows = training.get("history") if isinstance(training, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{str(file)!r} holds a story and no training to go on with.")
+    return rows
 
 
 def restore(path: Path, training: Training) -> Tally:

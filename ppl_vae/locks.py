@@ -1,0 +1,63 @@
+"""One process at a time in the folder of a run."""
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # not POSIX: nothing is locked there
+    fcntl = None
+
+NAME = "lock"
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Inside, the folder is this process's alone. A process that dies leaves its claim behind, and nobody heeds it.
+
+    Raises:
+        BlockingIOError: when another process has it, naming that process, its host, and since when.
+    """
+    file = _locked(folder)
+    try:
+        file.truncate(0)
+        since = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
+        file.write(json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": since}))
+        file.flush()
+        yield
+    finally:
+        (folder / NAME).unlink(missing_ok=True)
+        file.close()
+
+
+def _locked(folder: Path) -> IO[str]:
+    """The lock of a folder, open and held."""
+    while True:
+        file = (folder / NAME).open("a+", encoding="utf-8")
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(file.fileno()).st_ino == (folder / NAME).stat().st_ino:
+                return file
+        except BlockingIOError:
+            file.seek(0)
+            said = file.read(1000)
+            file.close()
+            raise BlockingIOError(f"{str(folder)!r} is in use{_by(said)}. Choose another folder, or wait.") from None
+        except FileNotFoundError:  # whoever had it let go of it just now
+            pass
+        file.close()
+
+
+def _by(said: str) -> str:
+    try:
+        about = json.loads(said)
+        return f" by process {about['process']} on {about['host']} since {about['since']}"
+    except (ValueError, KeyError, TypeError):
+        return ""
