@@ -5,6 +5,7 @@ For :math:`z^* \sim p(z)`, :math:`x \sim p(x \mid z^*)` and :math:`z_1, \dots, z
 the guide stand in for those of the posterior, and ranks that are not uniform prove that it is another distribution.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -323,9 +324,15 @@ def uniformity_p_value(rank: ArrayLike, num_draws: int) -> float:
 
 def _intervals(tail: float, num_observations: int, fractions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The counts at each fraction whose two binomial tails, they included, both have half this probability or more."""
-    lower = stats.binom.ppf(tail / 2, num_observations, fractions)
-    upper = num_observations - stats.binom.ppf(tail / 2, num_observations, 1 - fractions)
-    return lower.clip(min=0).astype(int), upper.clip(max=num_observations).astype(int)
+    below = _binomial_cdf(num_observations, len(fractions)) < tail / 2
+    return below.sum(0), num_observations - below[:, ::-1].sum(0)
+
+
+@functools.lru_cache(maxsize=4)
+def _binomial_cdf(num_observations: int, num_draws: int) -> np.ndarray:
+    """P(count <= n) of the ranks below each fraction, shape (N + 1, L). (scipy's ``ppf`` fails far out in the tails.)"""
+    fractions = np.arange(1, num_draws + 1) / (num_draws + 1)
+    return stats.binom.cdf(np.arange(num_observations + 1)[:, None], num_observations, fractions)
 
 
 def _probability_inside(lower: np.ndarray, upper: np.ndarray, num_observations: int) -> float:

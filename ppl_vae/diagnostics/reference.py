@@ -383,8 +383,8 @@ def nuts(
 ) -> xr.Dataset:
     """Draws of the posterior of one observation by ``pyro.infer.NUTS``, a slow cross-check.
 
-    Only the model is shared with :func:`reference_posterior`: unconstrained coordinates, gradients, adaptation and
-    discrete latents summed out are Pyro's own. Chains run one after the other, in this process.
+    Only the model is shared with :func:`reference_posterior`: unconstrained coordinates, gradients and adaptation are
+    Pyro's own. Chains run one after the other, in this process.
 
     Hoffman & Gelman 2014, The no-U-turn sampler, https://arxiv.org/abs/1111.4246.
 
@@ -402,8 +402,8 @@ def nuts(
         A dataset like that of :func:`reference_posterior`, of one observation.
 
     Raises:
-        ValueError: when there is no such observation, a setting is out of range, or the sampler does not apply to the
-            story.
+        ValueError: when there is no such observation, a setting is out of range, or the story has a discrete latent or
+            no gradient.
     """
     _at_least(2, num_chains=num_chains)
     _at_least(1, num_warmup=num_warmup)
@@ -414,6 +414,8 @@ def nuts(
     with traces.scoring(story):
         joint = joint_of(story, columns)
         space = _moving_space(joint, columns)
+        if joint.discrete and joint.discrete.values:
+            raise ValueError("nuts does not sum out discrete latents in good time; reference_posterior does.")
         row = traces.to_story(story, tuple(column[observation : observation + 1] for column in columns))
         indices = [(NUTS, observation, chain) for chain in range(num_chains)]
         chains = []
