@@ -133,6 +133,9 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
             os.chmod(file.name, 0o644)
             os.replace(file.name, path)
+        except OSError as error:  # of write() names no file
+            Path(file.name).unlink(missing_ok=True)
+            raise OSError(error.errno, error.strerror, str(path)) from error
         except BaseException:
             Path(file.name).unlink(missing_ok=True)
             raise

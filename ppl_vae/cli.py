@@ -35,7 +35,7 @@ EXPECTED_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, MemoryE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns 0, 1 for an expected error (one line on standard error), or 130 when interrupted."""
+    """Runs a command; returns 0, 1 for an expected error (one line on standard error), 130 or 143 when interrupted."""
     options = _parser().parse_args(arguments)
     # Threads that wait should soon sleep: where other programs want the cores, spinning makes a step 10 times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "50000")
@@ -44,10 +44,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except EXPECTED_ERRORS as error:
         print(f"ppl-vae: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 1
+    except Interrupted as interruption:
+        print(f"ppl-vae: {interruption}", file=sys.stderr)
+        return interruption.status
     except KeyboardInterrupt:
         print("ppl-vae: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+class Interrupted(BaseException):
+    """A command that a signal ended, with the exit status of that signal."""
+
+    def __init__(self, how_to_go_on: str, status: int) -> None:
+        super().__init__(how_to_go_on)
+        self.status = status
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -277,12 +288,13 @@ def _resume(options: argparse.Namespace, say: Callable[..., None]) -> None:
 
 @contextmanager
 def _telling_how_to_go_on(run: Path) -> Iterator[None]:
-    """Where training is interrupted, says how to go on."""
+    """Where training is interrupted by a signal, says how to go on."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):
-        print(f"ppl-vae: go on with: ppl-vae train --resume {shlex.quote(str(run))}", file=sys.stderr)
-        raise
+    except (KeyboardInterrupt, SystemExit) as error:
+        status = 130 if isinstance(error, KeyboardInterrupt) else int(error.code or 0)
+        how = f"interrupted; go on with: ppl-vae train --resume {shlex.quote(str(run))}"
+        raise Interrupted(how, status) from None
 
 
 def _report(results: dict[str, Any]) -> str:

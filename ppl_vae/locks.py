@@ -39,11 +39,11 @@ def claimed(folder: Path) -> Iterator[None]:
 def _locked(folder: Path) -> IO[str]:
     """The lock of a folder, open and held."""
     while True:
-        file = (folder / NAME).open("a+", encoding="utf-8")
+        file = _opened(folder / NAME)
         try:
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(file.fileno()).st_ino == (folder / NAME).stat().st_ino:
+            if os.fstat(file.fileno()).st_ino == (folder / NAME).lstat().st_ino:
                 return file
         except BlockingIOError:
             file.seek(0)
@@ -55,9 +55,15 @@ def _locked(folder: Path) -> IO[str]:
         file.close()
 
 
+def _opened(file: Path) -> IO[str]:
+    """A lock, to be read and written; never what a link in its place leads to."""
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+    return os.fdopen(descriptor, "r+", encoding="utf-8", errors="replace")
+
+
 def _by(said: str) -> str:
     try:
         about = json.loads(said)
         return f" by process {about['process']} on {about['host']} since {about['since']}"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return ""

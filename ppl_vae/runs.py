@@ -6,6 +6,7 @@ and pictures. Runs are scored again, and compared, on the data that they recorde
 """
 
 import inspect
+import io
 import json
 import math
 import shlex
@@ -236,7 +237,7 @@ def _train_and_judge(
     results = _results(history, seconds, elbo, evidence) | _floor(story, dataset)
     _write_json(folder / RESULTS, results)
     for name, figure in _pictures(story, history, dataset.test, test).items():
-        figure.savefig(folder / name, dpi=110)
+        _save_picture(figure, folder / name)
     run = Run(folder, wanted, dataset.record, story)
     write_atomically(
         folder / REPORT, page(_account(run, dataset, diagnosis.read(folder / DIAGNOSIS), history)).encode()
@@ -381,7 +382,7 @@ def compare(
 
 def picture(compared: Comparison, file: Path) -> None:
     """Draws a comparison into a .png file."""
-    plots.comparison(compared).savefig(file, dpi=110)
+    _save_picture(plots.comparison(compared), file)
 
 
 def comparison_table(compared: Comparison, folders: Mapping[str, Path]) -> dict[str, Any]:
@@ -536,10 +537,12 @@ def sample(
     out.parent.mkdir(parents=True, exist_ok=True)
     files = [out.with_suffix(".npz")]
     arrays: dict[str, Any] = {name: draw.cpu().numpy() for name, draw in draws.items()}
-    np.savez_compressed(files[0], **arrays)
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)
+    write_atomically(files[0], content.getvalue())
     if plots.are_images(draws["x"]):
         files.append(out.with_suffix(".png"))
-        plots.samples(story, num_observations, seed).savefig(files[1], dpi=110)
+        _save_picture(plots.samples(story, num_observations, seed), files[1])
     return files
 
 
@@ -659,8 +662,12 @@ def _write_metrics(folder: Path, rows: Sequence[Row]) -> None:
 
 
 def _append_metrics(folder: Path, story: object, row: Row) -> None:
-    with (folder / METRICS).open("a", encoding="utf-8") as file:
-        file.write(as_json(row) + "\n")
+    path = folder / METRICS
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(as_json(row) + "\n")
+    except OSError as error:  # of write() names no file
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _results(history: History, seconds: float, elbo: Evidence, evidence: Evidence) -> dict[str, Any]:
@@ -706,6 +713,12 @@ def _pictures(story: Any, history: History, test: Split, columns: tuple[torch.Te
         if isinstance(story, VAE) and story.configuration.latent_dim == 2:
             figures["atlas.png"] = plots.latent_atlas(story, x, test.labels)
     return figures
+
+
+def _save_picture(figure: Figure, file: Path) -> None:
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=110)
+    write_atomically(file, content.getvalue())
 
 
 def _write_json(path: Path, table: dict[str, Any]) -> None:

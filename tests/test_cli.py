@@ -11,9 +11,10 @@ from dataclasses import asdict, fields
 
 import numpy as np
 import pytest
+import torch
 from sklearn.datasets import load_diabetes
 
-from ppl_vae import Evidence, runs
+from ppl_vae import Evidence, load, runs, tables
 from ppl_vae.cli import main
 from ppl_vae.configuration import (
     CHOICES,
@@ -34,6 +35,7 @@ def flag(name):
 
 EVERY_OPTION = [
     "--out",
+    "--resume",
     "--device",
     "--json",
     "--latent-dim",
@@ -552,9 +554,9 @@ WRONG_WAYS_TO_SCORE = [
 
 def unchanged(run, refuse):
     """What a call returns that is to leave a run as it is."""
-    before = {file.name: file.read_bytes() for file in run.iterdir()}
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
     result = refuse()
-    assert {file.name: file.read_bytes() for file in run.iterdir()} == before
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
     return result
 
 
@@ -807,7 +809,78 @@ def test_an_interrupt_is_one_line_and_status_130(capsys, files, out, monkeypatch
 
     monkeypatch.setattr(runs, "train", interrupted)
     assert main(["train", "--data", str(files / "binary.npy"), "--out", str(out)]) == 130
-    assert capsys.readouterr().err == "ppl-vae: interrupted\n"
+    assert capsys.readouterr().err == f"ppl-vae: interrupted; go on with: ppl-vae train --resume {out}\n"
+
+
+# Going on, diagnosing, reporting --------------------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_for_more_epochs_as_if_it_had_never_ended(capsys, files, tmp_path):
+    data = ["--data", files / "binary.npy", *SMALL[2:]]
+    says(capsys, "train", *data, "--epochs", "3", "--out", tmp_path / "whole")
+    says(capsys, "train", *data, "--epochs", "1", "--out", tmp_path / "part")
+    says(capsys, "train", "--resume", tmp_path / "part", "--epochs", "3")
+    whole, part = (load(tmp_path / name / "story.safetensors").state_dict() for name in ("whole", "part"))
+    assert all(torch.equal(tensor, part[name]) for name, tensor in whole.items())
+    logs = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "part")]
+    rows = [[json.loads(line)["epoch"] for line in log] for log in logs]
+    assert rows == [[1, 2, 3]] * 2
+    assert json.loads((tmp_path / "part" / "config.json").read_text())["training"]["epochs"] == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--latent-dim", "3"], ["--latent-dim does not go with --resume"]),
+        (["--prior", "vamp"], ["--prior does not go with --resume"]),
+        (["--out", "elsewhere"], ["--out does not go with --resume"]),
+        (["--epochs", "0"], ["epochs must be at least 1"]),
+    ],
+    ids=lambda value: value[0],
+)
+def test_what_does_not_go_with_resume_is_one_line(arguments, words, capsys, trained):
+    line = unchanged(trained["plane"], lambda: refusal(capsys, "train", "--resume", trained["plane"], *arguments))
+    assert [word for word in words if word not in line] == []
+
+
+def test_resuming_what_is_no_run_is_one_line(capsys, tmp_path):
+    assert "There is no run" in refusal(capsys, "train", "--resume", tmp_path)
+
+
+def test_a_diagnosis_is_kept_section_by_section_and_reported(capsys, trained, tmp_path):
+    run = shutil.copytree(trained["plane"], tmp_path / "run")
+    said = says(capsys, "diagnose", run, "--sections", "guide,collapse").out
+    assert "guide: " in said and "collapse: " in said
+    assert sorted(file.name for file in (run / "diagnosis").iterdir()) == ["collapse.nc", "guide.nc"]
+    table = json.loads(says(capsys, "diagnose", run, "--sections", "guide", "--json").out)
+    assert {finding["section"] for finding in table["findings"]} == {"guide"}
+    says(capsys, "report", run, "--out", run / "again.html")
+    assert "As a proposal the guide" in (run / "again.html").read_text(encoding="utf-8")
+
+
+def test_a_diagnosis_goes_on_with_what_is_there(capsys, trained, tmp_path):
+    run = shutil.copytree(trained["plane"], tmp_path / "run")
+    says(capsys, "diagnose", run, "--sections", "guide")
+    before = tables.load(run / "diagnosis" / "guide.nc")
+    says(capsys, "diagnose", run, "--sections", "guide,collapse")
+    assert tables.load(run / "diagnosis" / "guide.nc").attrs["seconds"] == before.attrs["seconds"]
+    says(capsys, "diagnose", run, "--sections", "guide", "--seed", "5")
+    assert not tables.load(run / "diagnosis" / "guide.nc").equals(before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["diagnose", "--sections", "luck"], "Unknown sections ['luck']"),
+        (["diagnose", "--limit", "1"], "limit must be at least 2"),
+        (["report", "--out", "report.txt"], "--out is a file .html"),
+        (["report", "--out", "nowhere/report.html"], "There is no folder"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_wrong_option_of_diagnose_and_report_is_one_line(arguments, word, capsys, trained):
+    command, *options = arguments
+    assert word in refusal(capsys, command, trained["plane"], *options)
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(files, out, monkeypatch):

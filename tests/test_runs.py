@@ -66,11 +66,13 @@ def wanted(run):
 def test_the_folder_holds_all_that_is_documented(run):
     assert sorted(file.name for file in run.iterdir()) == [
         "atlas.png",
+        "checkpoints",
         "config.json",
         "evidence-test.nc",
         "learning_curve.png",
         "metrics.jsonl",
         "reconstructions.png",
+        "report.html",
         "results.json",
         "samples.png",
         "story.safetensors",

@@ -330,7 +330,7 @@ def _intervals(tail: float, num_observations: int, fractions: np.ndarray) -> tup
 
 @functools.lru_cache(maxsize=4)
 def _binomial_cdf(num_observations: int, num_draws: int) -> np.ndarray:
-    """P(count <= n) of the ranks below each fraction, shape (N + 1, L). (scipy's ``ppf`` fails far out in the tails.)"""
+    """P(count <= n) of the ranks below each fraction, shape (N + 1, L); scipy's ``ppf`` fails far out in the tails."""
     fractions = np.arange(1, num_draws + 1) / (num_draws + 1)
     return stats.binom.cdf(np.arange(num_observations + 1)[:, None], num_observations, fractions)
 

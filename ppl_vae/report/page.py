@@ -149,10 +149,10 @@ def _story(account: Account) -> Section:
 
 def _data(account: Account) -> Section:
     x, *_ = account.columns
-    shown = [picture(plots.image_panels({"held-out observations": x[:40]}), "The first of them.")]
-    return Section(
-        "data", "The data", "What is the story about?", facts=account.data, figures=shown if plots.are_images(x) else ()
-    )
+    shown = ()
+    if plots.are_images(x):
+        shown = (picture(plots.image_panels({"held-out observations": x[:40]}), "The first of them."),)
+    return Section("data", "The data", "What is the story about?", facts=account.data, figures=shown)
 
 
 def _training(account: Account) -> Section:
