@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import ppl_vae
-from ppl_vae import configuration
+from ppl_vae import configuration, traces
 from ppl_vae.traces import Story
 
 FORMAT = "ppl_vae/checkpoint/1"
@@ -121,7 +121,7 @@ def load(path: str | os.PathLike[str], story: S | None = None, device: torch.dev
     weights = weights_of_story(path, about, tensors)
     filled: Any = _rebuild(path, about) if story is None else story
     fill(path, filled, weights, assign=story is None)
-    return filled if device is None else filled.to(device)
+    return filled if device is None else filled.to(traces.device_named(device))
 
 
 def write_atomically(path: Path, content: bytes) -> None:

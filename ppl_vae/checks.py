@@ -161,6 +161,8 @@ def check_columns(names: Sequence[str], columns: Sequence[Tensor]) -> None:
     """Raises ValueError unless there are columns, of one length, not empty, with finite values."""
     if not columns:
         raise ValueError("Expected at least one column of data; found none.")
+    if sparse := [name for name, column in zip(names, columns, strict=True) if column.layout != torch.strided]:
+        raise ValueError(f"{sparse[0]} is a sparse tensor; pass {sparse[0]}.to_dense().")
     if scalars := [name for name, column in zip(names, columns, strict=True) if not column.dim()]:
         raise ValueError(f"A column's first dimension is the observation; {scalars[0]} is a single number.")
     lengths = {name: len(column) for name, column in zip(names, columns, strict=True)}

@@ -145,7 +145,7 @@ def train(
         ValueError: when story and data do not fit; the folder is then not made.
     """
     refuse_used(folder)
-    story = _new_story(wanted).to(torch_device(device))
+    story = _new_story(wanted).to(traces.device_named(device))
     _check_data(story, wanted.data, dataset, _transform(dataset))
     folder.mkdir(parents=True, exist_ok=True)
     with claimed(folder):
@@ -182,10 +182,10 @@ def resume(
     with claimed(folder):
         dataset = load_data(wanted.data, pixels_of(wanted.story), wanted.training.seed)
         _refuse_changed(folder, wanted, record, dataset)
-        story = _story_of(wanted, folder, typed).to(torch_device(device))
-        _begin(folder, wanted, dataset)
+        story = _story_of(wanted, folder, typed).to(traces.device_named(device))
         files = [start] if start.is_file() else files_in(start)
-        rows = rows_in(files[0]) if files else []
+        rows = rows_in(start) if files else []
+        _begin(folder, wanted, dataset)
         _write_metrics(folder, rows)
         say(f"going on after {len(rows)} epochs" if files else "no checkpoint was reached: starting anew")
         return _train_and_judge(story, wanted, dataset, folder, say, start if files else None)
@@ -264,7 +264,7 @@ def open_run(folder: Path, device: str | None = None, typed: Sequence[StoryFile]
     """
     wanted, record = _read_configuration(folder / CONFIGURATION)
     story = _story_of(wanted, folder, typed) if isinstance(wanted.story, configuration.OwnStory) else None
-    return Run(folder, wanted, record, load(folder / STORY, story=story, device=torch_device(device)))
+    return Run(folder, wanted, record, load(folder / STORY, story=story, device=traces.device_named(device)))
 
 
 def _story_of(wanted: RunConfiguration, folder: Path, typed: Sequence[StoryFile]) -> Any:
@@ -544,17 +544,6 @@ def sample(
         files.append(out.with_suffix(".png"))
         _save_picture(plots.samples(story, num_observations, seed), files[1])
     return files
-
-
-def torch_device(name: str | None) -> torch.device:
-    """The device of this name, the CPU for None; ValueError when it is not there."""
-    try:
-        device = torch.device(name or "cpu")
-        torch.zeros((), device=device).item()
-    except (RuntimeError, AssertionError, ImportError) as error:
-        reason = str(error).splitlines()[0].split(". ")[0]
-        raise ValueError(f"The device {name!r} is not there ({reason}). Use cpu, or cuda where there is one.") from None
-    return device
 
 
 def refuse_used(folder: Path) -> None:

@@ -1,10 +1,12 @@
 """xarray tables in netCDF files: written whole or not at all, read without running anything."""
 
-import tempfile
+import io
 from pathlib import Path
 
+import h5netcdf
 import numpy as np
 import xarray as xr
+from xarray.backends import H5NetCDFStore
 
 from ppl_vae.checkpoint import write_atomically
 
@@ -17,10 +19,10 @@ def save(dataset: xr.Dataset, path: Path) -> None:
     Raises:
         OSError: when the file cannot be written.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        draft = Path(folder) / "table.nc"
-        dataset.to_netcdf(draft, engine="h5netcdf")
-        write_atomically(path, draft.read_bytes())
+    draft = io.BytesIO()  # HDF5 dies with the process where a disk is full
+    with h5netcdf.File(draft, "w") as file:
+        dataset.dump_to_store(H5NetCDFStore(file))
+    write_atomically(path, draft.getvalue())
 
 
 def load(path: Path) -> xr.Dataset:

@@ -83,6 +83,19 @@ def device_and_dtype(story: Story) -> tuple[torch.device, torch.dtype]:
     return torch.device("cpu"), torch.get_default_dtype()
 
 
+def device_named(name: torch.device | str | None) -> torch.device:
+    """The device of this name, the CPU for None; ValueError when it is not there."""
+    try:
+        device = torch.device(name or "cpu")
+        torch.zeros((), device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise ValueError(
+            f"The device {str(name)!r} is not there ({reason}). Use cpu, or cuda where there is one."
+        ) from None
+    return device
+
+
 def to_story(story: Story, columns: Columns) -> Columns:
     """Columns on the story's device, floating ones in its dtype."""
     device, dtype = device_and_dtype(story)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from ppl_vae import Evidence, check, configuration, data, fit, load, log_evidence, runs
+from ppl_vae import Evidence, check, configuration, data, fit, load, log_evidence, runs, traces
 from ppl_vae.cli import main
 from ppl_vae.configuration import (
     ComparisonConfiguration,
@@ -417,13 +417,13 @@ def test_sample_makes_the_folder_it_is_to_write_into(run, tmp_path):
 
 
 def test_no_name_is_the_cpu():
-    assert runs.torch_device(None) == torch.device("cpu")
+    assert traces.device_named(None) == torch.device("cpu")
 
 
 @pytest.mark.parametrize("name", ["abacus", "cuda:99", "meta", "xpu:7"])
 def test_a_device_that_is_not_there_is_refused(name):
     with pytest.raises(ValueError, match=f"The device '{name}' is not there") as refused:
-        runs.torch_device(name)
+        traces.device_named(name)
     assert "\n" not in str(refused.value)
 
 

@@ -160,7 +160,8 @@ def _aggregate(table: xr.Dataset) -> Said:
 def _gaps(table: xr.Dataset) -> list[Said]:
     about = table.attrs
     parts = {
-        "amortization": "Train longer, or give the encoder more width.",
+        "amortization": "The encoder does less than its family could: train longer, widen it, or, where it is small "
+        "on training data, give it more of these.",
         "approximation": "The family of the guide is too small for these posteriors: try full-normal or a flow.",
     }
     return [

@@ -117,7 +117,7 @@ def evidence_bounds(
         raise ValueError(f"num_particles must be at least 1; found {num_particles}.")
     num_particles = num_particles or chosen.default_particles
     if device is not None:
-        story.to(device)
+        story.to(traces.device_named(device))
     simulated, latents = simulate(story, columns, num_observations, seed)
     checks.dry_run(story, *simulated)
     with traces.scoring(story):

@@ -49,7 +49,7 @@ def convergence(
         raise ValueError(f"num_particles must be at least 1; found {num_particles}.")
     chosen = METHODS[method] if isinstance(method, str) else method
     if device is not None:
-        story.to(device)
+        story.to(traces.device_named(device))
     checks.dry_run(story, *columns)
     with traces.scoring(story):
         joint = joint_of(story, columns)

@@ -129,7 +129,7 @@ def log_evidence(
     """
     name = _refuse_nonsense(method, num_particles, tolerance, budget, correction)
     if device is not None:
-        story.to(device)
+        story.to(traces.device_named(device))
     event_shapes = checks.dry_run(story, *columns)
     with traces.scoring(story):
         if compile is None:

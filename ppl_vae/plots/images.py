@@ -45,6 +45,8 @@ def image_panels(panels: dict[str, Tensor], columns: int = 8) -> Figure:
 
 def brightest(*sets: Tensor) -> float:
     """What is shown as black: 1 for grey levels, the largest value for counts."""
+    if not all(images.numel() for images in sets):
+        raise ValueError("There are no images to show.")
     most = max(float(images.max()) for images in sets)
     return most if most > LARGEST_GREY else 1.0
 

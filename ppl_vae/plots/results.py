@@ -9,6 +9,8 @@ from ppl_vae.evidence import Comparison, Evidence
 from ppl_vae.evidence.result import VERDICTS
 from ppl_vae.training import History
 
+HISTOGRAM_BINS = 40
+
 VERDICT_COLORS = {
     "exact": "tab:blue",
     "good": "tab:green",
@@ -91,9 +93,11 @@ def evidence(table: xr.Dataset) -> Figure:
     estimate, verdict = table["estimate"].values, table["verdict"].values
     finite = np.isfinite(estimate)
     words = [word for word in VERDICTS if (verdict[finite] == word).any()]
-    edges = np.histogram_bin_edges(estimate[finite], bins="auto")
+    edges = np.histogram_bin_edges(estimate[finite], bins=HISTOGRAM_BINS).tolist()
     colors = [VERDICT_COLORS[word] for word in words]
-    axes.hist([estimate[finite & (verdict == word)] for word in words], edges, stacked=True, label=words, color=colors)
+    if words:
+        shares = [estimate[finite & (verdict == word)] for word in words]
+        axes.hist(shares, edges, stacked=True, label=words, color=colors)
     summary = Evidence(table).summary()
     axes.axvline(summary.mean, color="black", lw=1, label="mean")
     error = 2 * np.nan_to_num(summary.test_sampling_error)

@@ -172,9 +172,22 @@ def files_in(folder: Path) -> list[Path]:
     return sorted((file for file, match in found.items() if match), key=lambda file: file.name, reverse=True)
 
 
-def rows_in(file: Path) -> list[Row]:
-    """The epochs that a checkpoint has behind it."""
-    training = checkpoint.read(file)[0].get("training")
+def _read(path: Path) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
+    """A checkpoint, or the latest in a folder; where it is damaged, the one before it is named."""
+    files = files_in(path) if path.is_dir() else [path]
+    if not files:
+        raise FileNotFoundError(f"There is no checkpoint in {str(path)!r}.")
+    try:
+        return files[0], *checkpoint.read(files[0])
+    except ValueError as error:
+        before = f" The one before it is {str(files[1])!r}." if len(files) > 1 else ""
+        raise ValueError(f"{error}{before}") from None
+
+
+def rows_in(path: Path) -> list[Row]:
+    """The epochs that a checkpoint, or the latest in a folder, has behind it."""
+    file, about, _ = _read(path)
+    training = about.get("training")
     rows = training.get("history") if isinstance(training, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{str(file)!r} holds a story and no training to go on with.")
@@ -195,23 +208,16 @@ def restore(path: Path, training: Training) -> Tally:
     Warns:
         UserWarning: when versions, device or threads are others, so that bits may differ.
     """
-    files = files_in(path) if path.is_dir() else [path]
-    if not files:
-        raise FileNotFoundError(f"There is no checkpoint in {str(path)!r}.")
-    try:
-        about, tensors = checkpoint.read(files[0])
-    except ValueError as error:
-        before = f" The one before it is {str(files[1])!r}." if len(files) > 1 else ""
-        raise ValueError(f"{error}{before}") from None
+    file, about, tensors = _read(path)
     kept = about.get("training")
     if not isinstance(kept, dict):
-        raise ValueError(f"{str(files[0])!r} holds a story and no training to go on with.")
-    _refuse_other(files[0], kept.get("asked"), training.asked)
+        raise ValueError(f"{str(file)!r} holds a story and no training to go on with.")
+    _refuse_other(file, kept.get("asked"), training.asked)
     _warn_of_other(kept.get("environment"), environment(training.task.device))
     try:
-        return _put_back(files[0], about, tensors, kept, training)
+        return _put_back(file, about, tensors, kept, training)
     except MALFORMED as error:
-        raise ValueError(f"{str(files[0])!r} is of another training, or malformed: {error}") from None
+        raise ValueError(f"{str(file)!r} is of another training, or malformed: {error}") from None
 
 
 def _refuse_other(file: Path, there: Any, here: dict[str, Any]) -> None:
@@ -240,6 +246,8 @@ def _put_back(
     task, device = training.task, training.task.device
     checkpoint.fill(file, task.story, checkpoint.weights_of_story(file, about, tensors))
     best = {name.removeprefix(BEST): t.to(device) for name, t in tensors.items() if name.startswith(BEST)}
+    if best and _kinds(best) != _kinds(task.story.state_dict()):
+        raise ValueError("its best weights are those of another story")
     training.best.put_back(int(kept["best"]["epoch"]), float(kept["best"]["elbo"]), best or None)
     _put_back_optimizer(task.optimizer, kept["optimizer"], tensors)
     if training.scheduler is not None:
@@ -247,6 +255,10 @@ def _put_back(
     training.history.rows[:] = kept["history"]
     training.engine.recall(kept["engine"])
     return Tally.from_table(task, kept["tally"])
+
+
+def _kinds(weights: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in weights.items()}
 
 
 def _put_back_optimizer(optimizer: torch.optim.Optimizer, kept: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:

@@ -137,7 +137,7 @@ def fit(
     _check_arguments(columns, held_out, epochs, batch_size, kl_warmup, clip, patience, engine, compile)
     _check_objective(loss, beta, free_bits)
     if device is not None:
-        story.to(device)
+        story.to(traces.device_named(device))
     checks.check(story, *columns, transform=transform)
     if held_out:
         checks.dry_run(story, *held_out)
