@@ -126,6 +126,13 @@ def load(path: str | os.PathLike[str], story: S | None = None, device: torch.dev
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file so that, whatever happens, ``path`` holds either its old content or all of the new."""
+    try:
+        _replace(path, content)
+    except OSError as error:  # that of write() names no file
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def _replace(path: Path, content: bytes) -> None:
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         try:
             file.write(content)
@@ -133,9 +140,6 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
             os.chmod(file.name, 0o644)
             os.replace(file.name, path)
-        except OSError as error:  # of write() names no file
-            Path(file.name).unlink(missing_ok=True)
-            raise OSError(error.errno, error.strerror, str(path)) from error
         except BaseException:
             Path(file.name).unlink(missing_ok=True)
             raise

@@ -4,7 +4,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
@@ -26,14 +26,23 @@ def claimed(folder: Path) -> Iterator[None]:
     """
     file = _locked(folder)
     try:
-        file.truncate(0)
-        since = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
-        file.write(json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": since}))
-        file.flush()
+        _sign(file, folder / NAME)
         yield
     finally:
         (folder / NAME).unlink(missing_ok=True)
-        file.close()
+        with suppress(OSError):  # what a full disk left unwritten
+            file.close()
+
+
+def _sign(file: IO[str], path: Path) -> None:
+    """Writes whose lock it is."""
+    since = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
+    try:
+        file.truncate(0)
+        file.write(json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": since}))
+        file.flush()
+    except OSError as error:  # that of write() names no file
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def _locked(folder: Path) -> IO[str]:

@@ -656,7 +656,7 @@ def _append_metrics(folder: Path, story: object, row: Row) -> None:
         with path.open("a", encoding="utf-8") as file:
             file.write(as_json(row) + "\n")
     except OSError as error:  # of write() names no file
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def _results(history: History, seconds: float, elbo: Evidence, evidence: Evidence) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from torch.distributions import biject_to, constraints
 from ppl_vae import noise, traces
 from ppl_vae.discrete import Assignments, assignments, log_densities, summed_out
 from ppl_vae.evidence.replays import Replays
+from ppl_vae.memory import is_out_of_memory, within_memory
 from ppl_vae.precision import matrix_products_in
 from ppl_vae.traces import Columns, Layout, Site, Story, sample_sites
 
@@ -63,10 +64,6 @@ class Chunks:
         self.rows //= 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 # Unconstrained coordinates
@@ -319,8 +316,9 @@ class Joint:
 
     def guide_latents(self, columns: Columns, num_particles: int) -> tuple[dict[str, Tensor], Tensor]:
         """Draws of the guide, by site name and of shape (S * N, *event), and their log density, shape (S, N)."""
-        trace = traces.run_particles(self.story.guide, columns, num_particles, self.layout)
-        log_q = traces.log_prob(trace, sample_sites(trace))
+        with within_memory(f"{num_particles} draws of the guide for each of {len(columns[0])} observations"):
+            trace = traces.run_particles(self.story.guide, columns, num_particles, self.layout)
+            log_q = traces.log_prob(trace, sample_sites(trace))
         latents = traces.draws(trace)
         if self.layout == "plate":
             latents = {name: value.flatten(0, 1) for name, value in latents.items()}
@@ -333,8 +331,9 @@ class Joint:
 
     def prior_points(self, columns: Columns, num_particles: int) -> Tensor:
         """Draws of the prior given each observation's conditions, the continuous ones, shape (S, N, K)."""
-        trace = poutine.trace(self.story.model).get_trace(*traces.as_rows(columns, num_particles))
-        return self._space.coordinates(traces.draws(trace)).reshape(num_particles, len(columns[0]), -1)
+        with within_memory(f"{num_particles} draws of the prior for each of {len(columns[0])} observations"):
+            trace = poutine.trace(self.story.model).get_trace(*traces.as_rows(columns, num_particles))
+            return self._space.coordinates(traces.draws(trace)).reshape(num_particles, len(columns[0]), -1)
 
     def require_space(self, method: str) -> None:
         """Raises ValueError when there are no continuous latents to move through, or others that cannot be summed."""

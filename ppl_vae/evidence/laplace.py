@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ppl_vae.evidence.joint import Joint, is_out_of_memory
+from ppl_vae.evidence.joint import Joint
+from ppl_vae.memory import is_out_of_memory
 from ppl_vae.traces import Columns
 
 GUIDE_STARTS = 64

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ppl_vae import checks, discrete, noise, objectives, traces
 from ppl_vae.capture import CaptureError
 from ppl_vae.checks import Transform
+from ppl_vae.memory import within_memory
 from ppl_vae.noise import Purpose
 from ppl_vae.objectives import FreeBitsELBO, SummedOutELBO
 from ppl_vae.traces import Columns, Story, sample_sites
@@ -120,6 +121,7 @@ def fit(
             checkpoint is damaged, or of another training.
         FileNotFoundError: when there is no checkpoint to resume from.
         OSError: when a checkpoint cannot be written.
+        MemoryError: when a batch does not fit.
         CaptureError: when ``engine="captured"`` was asked for and the story cannot be captured.
         FloatingPointError: when loss or gradient are not finite for ten batches in a row, or no validation ELBO is.
 
@@ -249,7 +251,8 @@ class _Engines:
             CaptureError: when the captured engine was asked for by name and the story cannot be captured.
         """
         try:
-            self.current.epoch(tally)
+            with within_memory(f"A batch of {self.task.batch_size} observations and its gradient"):
+                self.current.epoch(tally)
         except CaptureError as error:
             if not self.may_change:
                 raise CaptureError(f"The story cannot be captured: {error}. Use engine='svi'.") from error

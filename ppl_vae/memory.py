@@ -1,0 +1,21 @@
+"""Running out of memory, which torch tells in several ways."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def within_memory(what: str) -> Iterator[None]:
+    """Inside, running out of memory is a MemoryError that says of what there was too much."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError(f"{what} do not fit in memory.") from error
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
