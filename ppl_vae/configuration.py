@@ -43,6 +43,8 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
+LARGEST = 2**63 - 1
+
 POSITIVE = ("learned", "per-dimension", "network")
 
 
@@ -883,6 +885,8 @@ def _at_least(configuration: Any, **least: int) -> None:
     for name, value in least.items():
         if (found := getattr(configuration, name)) is not None and found < value:
             raise ValueError(f"{name} must be at least {value}; found {found}.")
+        if found is not None and found > LARGEST:
+            raise ValueError(f"{name} must be at most {LARGEST}; found {found:.3g}.")
 
 
 def _one_of(name: str, word: str | None, words: tuple[str | None, ...]) -> None:
@@ -1043,7 +1047,10 @@ def _value(name: str, value: Any, kind: Any) -> Any:
         return tuple(value)
     kinds = get_args(kind) or (kind,)
     if float in kinds and type(value) is int:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError(f"{name} must be a number that a computer holds; found {value!r:.20}...") from None
     if type(value) in kinds:
         return value
     raise ValueError(f"{name} must be of type {getattr(kind, '__name__', kind)}; found {value!r}.")

@@ -401,6 +401,8 @@ def _read_memory(source: object) -> _Rows:
 
 def _observations(values: object, where: str) -> Tensor:
     """Checked rows of numbers: bytes scaled to [0, 1], byte images with a channel, float64 or else float32."""
+    if isinstance(values, Tensor) and values.layout != torch.strided:
+        raise ValueError(f"{where} is a sparse tensor; pass it as .to_dense()")
     x = values.detach().cpu() if isinstance(values, Tensor) else _tensor(np.asarray(values), where)
     if x.is_complex():
         raise ValueError(

@@ -12,6 +12,8 @@ from torch.distributions import biject_to, constraints, transform_to
 from torch.distributions.utils import broadcast_all
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
+LARGEST_SCALE = 1e18  # the square of a larger one is no number in single precision
+
 # Where a function of the logit is 0 / 0 at zero, its Taylor series is right to twelve digits up to here.
 NEARLY_ZERO = 0.1
 
@@ -365,3 +367,10 @@ class MultivariateNormal(dist.MultivariateNormal):
             return super().log_prob(value)
         log_scales = self._unbroadcasted_scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return -(noise.square() + math.log(2 * math.pi)).sum(-1) / 2 - log_scales
+
+
+def checked_floor(floor: float) -> float:
+    """A smallest scale; ValueError where it is none."""
+    if not 0 <= floor < LARGEST_SCALE:
+        raise ValueError(f"floor is a smallest scale from 0 to {LARGEST_SCALE:g}; found {floor:g}.")
+    return floor

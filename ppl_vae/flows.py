@@ -194,6 +194,7 @@ class _ConditionalSplineAutoregressive(transforms.ConditionalSplineAutoregressiv
 
 def spline(latent_dim: int, bins: int, bound: float) -> transforms.Spline:
     """A spline for each coordinate. All splines here start as the identity, or near it; Pyro's start with spikes."""
+    _check_spline(bins, bound)
     made = _Spline(latent_dim, bins, bound)
     _start_as_identity(made)
     return made
@@ -202,6 +203,7 @@ def spline(latent_dim: int, bins: int, bound: float) -> transforms.Spline:
 def spline_coupling(latent_dim: int, hidden_dims: Sequence[int], bins: int, bound: float) -> transforms.SplineCoupling:
     """A spline for each coordinate: for the second half those that a network of the first half chooses."""
     given, moved = latent_dim // 2, latent_dim - latent_dim // 2
+    _check_spline(bins, bound)
     network = Parts(given, hidden_dims, [moved * size for size in _spline_sizes(bins)])
     _start_near_identity(network.network, bins)
     made = _SplineCoupling(latent_dim, given, network, bins, bound)
@@ -213,9 +215,15 @@ def spline_autoregressive(
     latent_dim: int, context_dim: int, hidden_dims: Sequence[int], bins: int, bound: float, reverse: bool
 ) -> transforms.ConditionalSplineAutoregressive:
     """A spline for each coordinate, chosen by a network of those before it and of a context."""
+    _check_spline(bins, bound)
     network = Autoregressive(latent_dim, context_dim, hidden_dims, _spline_sizes(bins), reverse)
     _start_near_identity(network.layers, bins)
     return _ConditionalSplineAutoregressive(latent_dim, network, count_bins=bins, bound=bound)
+
+
+def _check_spline(bins: int, bound: float) -> None:
+    if bins < 2 or not 0 < bound < math.inf:
+        raise ValueError(f"A spline has two bins or more, between finite bounds; found {bins} and {bound:g}.")
 
 
 def _spline_sizes(bins: int) -> list[int]:

@@ -226,7 +226,9 @@ class ContinuousBernoulli(nn.Module):
     def __init__(self, logits: nn.Module, floor: float = 1e-3) -> None:
         super().__init__()
         self.logits = logits
-        self.floor = floor
+        if not floor > 0:
+            raise ValueError(f"floor must be positive; found {floor:g}.")
+        self.floor = distributions.checked_floor(floor)
 
     def forward(self, z: Tensor, *conditions: Tensor) -> dist.TorchDistribution:
         logits = torch.tanh(self.floor * self.logits(z, *conditions)) / self.floor
@@ -627,16 +629,22 @@ class _Exponential(nn.Module):
 
 def _positive(value: Positive, floor: float, name: str = "scale") -> nn.Module:
     """A positive parameter as a module of z; above the floor, if it trains."""
+    distributions.checked_floor(floor)
     if isinstance(value, nn.Module):
         return _Above(value, floor)
     if isinstance(value, Learned):
-        if not _holds(value.initial > floor):
-            raise ValueError(f"A learned {name} must start above its floor {floor:g}; found {value.initial.min():g}.")
+        if not _holds((value.initial > floor) & value.initial.isfinite()):
+            raise ValueError(
+                f"A learned {name} must start above its floor {floor:g}, and finite; found {value.initial.min():g}."
+            )
         excess = value.initial - floor
         return _Above(_Trained(excess + torch.log(-torch.expm1(-excess))), floor)  # the inverse of softplus
     fixed = torch.as_tensor(value, dtype=torch.get_default_dtype())
-    if not _holds(fixed > 0):
-        raise ValueError(f"A fixed {name} must be positive; found {fixed.min():g}.")
+    smallest = torch.finfo(fixed.dtype).tiny ** 0.5  # its square is a number
+    if not _holds((fixed >= smallest) & (fixed <= 1 / smallest)):
+        raise ValueError(
+            f"A fixed {name} must be positive, from {smallest:.1g} to {1 / smallest:.1g}; found {fixed.min():g}."
+        )
     return _Fixed(fixed)
 
 

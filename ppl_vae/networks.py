@@ -71,6 +71,7 @@ def convolutional_encoder(
     >>> convolutional_encoder((1, 28, 28), 16, 32, output=4)(torch.zeros(5, 7, 1, 28, 28)).shape
     torch.Size([5, 7, 4])
     """
+    as_shape((*image, *channels, output))
     sizes = _halvings(image, len(channels))
     layers: list[nn.Module] = []
     for before, after in pairwise((image[0], *channels)):
@@ -96,6 +97,7 @@ def convolutional_decoder(
     >>> convolutional_decoder(2, 32, 16, image=(3, 27, 30))(torch.zeros(5, 7, 2)).shape
     torch.Size([5, 7, 3, 27, 30])
     """
+    as_shape((latent_dim, *channels, *image))
     sizes = _halvings(image, len(channels))[::-1]
     start = (channels[0], *sizes[0])
     layers: list[nn.Module] = [nn.Linear(latent_dim, prod(start)), nn.Unflatten(-1, start)]

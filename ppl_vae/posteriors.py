@@ -44,7 +44,7 @@ class DiagonalNormal(nn.Module):
     def __init__(self, network: nn.Module, floor: float = FLOOR) -> None:
         super().__init__()
         self.network = network
-        self.floor = floor
+        self.floor = distributions.checked_floor(floor)
 
     @staticmethod
     def num_parameters(latent_dim: int) -> int:
@@ -82,7 +82,7 @@ class FullNormal(nn.Module):
     def __init__(self, network: nn.Module, floor: float = FLOOR) -> None:
         super().__init__()
         self.network = network
-        self.floor = floor
+        self.floor = distributions.checked_floor(floor)
 
     @staticmethod
     def num_parameters(latent_dim: int) -> int:
@@ -128,8 +128,10 @@ class MixtureOfNormals(nn.Module):
     def __init__(self, network: nn.Module, components: int, floor: float = FLOOR) -> None:
         super().__init__()
         self.network = network
+        if components < 1:
+            raise ValueError(f"components must be at least 1; found {components}.")
         self.components = components
-        self.floor = floor
+        self.floor = distributions.checked_floor(floor)
 
     @staticmethod
     def num_parameters(latent_dim: int, components: int) -> int:
@@ -185,7 +187,7 @@ class Flow(nn.Module):
         self.network = network
         self.latent_dim = latent_dim
         self.transforms = nn.ModuleList(Template(transform) for transform in transforms)
-        self.floor = floor
+        self.floor = distributions.checked_floor(floor)
 
     @staticmethod
     def num_parameters(latent_dim: int, context_dim: int) -> int:

@@ -182,13 +182,23 @@ def resume(
     with claimed(folder):
         dataset = load_data(wanted.data, pixels_of(wanted.story), wanted.training.seed)
         _refuse_changed(folder, wanted, record, dataset)
-        story = _story_of(wanted, folder, typed).to(traces.device_named(device))
         files = [start] if start.is_file() else files_in(start)
         rows = rows_in(start) if files else []
+        story = _story_to_resume(wanted, folder, typed, files).to(traces.device_named(device))
         _begin(folder, wanted, dataset)
         _write_metrics(folder, rows)
         say(f"going on after {len(rows)} epochs" if files else "no checkpoint was reached: starting anew")
         return _train_and_judge(story, wanted, dataset, folder, say, start if files else None)
+
+
+def _story_to_resume(wanted: RunConfiguration, folder: Path, typed: Sequence[StoryFile], files: list[Path]) -> Any:
+    """The story of a checkpoint: rebuilt from it, the sizes in a stranger's ``config.json`` cost no memory."""
+    if isinstance(wanted.story, configuration.OwnStory) or not files:
+        return _story_of(wanted, folder, typed)
+    story = load(files[0])
+    if story.configuration != wanted.story:
+        raise ValueError(f"{str(files[0])!r} holds another story than {CONFIGURATION}.")
+    return story
 
 
 def _train_and_judge(
@@ -473,9 +483,8 @@ def _account(run: Run, dataset: Dataset, found: Diagnosis, history: History | No
     """What a report tells of a run."""
     table = next(iter(found.values()), None)
     limit = DiagnosisConfiguration().limit if table is None else table.attrs["num_diagnosed"]
-    results = json.loads((run.folder / RESULTS).read_text(encoding="utf-8")) if (run.folder / RESULTS).exists() else {}
+    results, about = _table_in(run.folder / RESULTS), _table_in(run.folder / CONFIGURATION)
     names = dataset.label_names or ()
-    about = json.loads((run.folder / CONFIGURATION).read_text(encoding="utf-8"))
     arguments = shlex.join(["ppl-vae", "train", *configuration.to_arguments(run.wanted)])
     return Account(
         title=run.folder.resolve().name,
@@ -498,10 +507,28 @@ def _history(folder: Path) -> History | None:
         return None
     try:
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        rows = [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
-    except (ValueError, AttributeError) as error:
+        rows = [{name: _number(value) for name, value in row.items()} for row in rows]
+    except (ValueError, AttributeError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{str(file)!r} is damaged: {error}.") from None
     return History("", rows) if rows else None
+
+
+def _number(value: Any) -> float | str:
+    """A value of a row of the history; what JSON has no word for was written as null."""
+    return math.nan if value is None else value if isinstance(value, str) else float(value)
+
+
+def _table_in(file: Path) -> dict[str, Any]:
+    """A table of words and numbers; an empty one where there is no such file."""
+    try:
+        table = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{str(file)!r} is damaged: {error}.") from None
+    if not isinstance(table, dict):
+        raise ValueError(f"{str(file)!r} is damaged: it holds no table.")
+    return table
 
 
 def as_json(table: dict[str, Any], indent: int | None = None) -> str:

@@ -2,13 +2,18 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import h5netcdf
+import h5py
 import numpy as np
 import xarray as xr
 from xarray.backends import H5NetCDFStore
 
 from ppl_vae.checkpoint import write_atomically
+
+# Deflate packs at most 1032 bytes into one: a larger claim is a lie.
+MOST_BYTES_PER_PACKED_BYTE = 1100
 
 DAMAGED = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError)
 
@@ -35,10 +40,28 @@ def load(path: Path) -> xr.Dataset:
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {str(path)!r}.")
     try:
+        _refuse_claims(path)
         with xr.open_dataset(path, engine="h5netcdf", decode_times=False) as file:
             return _plain(file.load().drop_encoding())
     except DAMAGED as error:
         raise ValueError(f"{str(path)!r} is not a whole netCDF file: {' '.join(str(error).split())}.") from None
+
+
+def _refuse_claims(path: Path) -> None:
+    """Raises ValueError when a file claims more than it can hold, or takes numbers from other files."""
+    claimed = 0
+
+    def add(name: str, item: Any) -> None:
+        nonlocal claimed
+        if isinstance(item, h5py.Dataset):
+            claimed += item.nbytes
+            if item.external or item.is_virtual:
+                raise ValueError(f"{name!r} lies in another file")
+
+    with h5py.File(path) as file:
+        file.visititems(add)
+    if claimed > path.stat().st_size * MOST_BYTES_PER_PACKED_BYTE:
+        raise ValueError(f"it claims to hold {claimed} bytes")
 
 
 def _plain(dataset: xr.Dataset) -> xr.Dataset:

@@ -1,5 +1,6 @@
 """What the diagnostics say, in words: what is as it should be, what is not, and what to try."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -178,12 +179,23 @@ def _reference(table: xr.Dataset) -> list[Said]:
     about, size = table.attrs, table.sizes["observation"]
     if about["share_trusted"] == 0:
         return [("note", f"The Markov chains of {size} observations have not converged.", "Draw longer chains.")]
-    shift, ratio = about["median_absolute_mean_shift"], about["median_sd_ratio"]
+    trusted = table.isel(observation=table["trusted"].values == 1)
+    shift = float(np.abs(trusted["mean_shift"].values).max(1).mean())
+    off = np.abs(np.log(trusted["sd_ratio"].values))
+    ratio = float(np.exp(np.log(np.take_along_axis(trusted["sd_ratio"].values, off.argmax(1)[:, None], 1)).mean()))
     said = (
-        f"Against Markov chains for {size} observations ({about['share_trusted']:.0%} converged) the guide's mean is "
-        f"{shift:.2f} posterior standard deviations away and its width {ratio:.2f} times the posterior's (medians)."
+        f"Against Markov chains for {size} observations ({about['share_trusted']:.0%} converged): in the coordinate "
+        f"where it is worst, the guide's mean is {shift:.2f} posterior standard deviations away and its width "
+        f"{ratio:.2f} times the posterior's, on average over observations (noise alone makes about "
+        f"{_noise(trusted):.2f})."
     )
-    return [(_level(max(shift, abs(ratio - 1)), EFFECT), said, RICHER_GUIDE)]
+    return [(_level(max(shift, abs(math.log(ratio))) - _noise(trusted), EFFECT), said, RICHER_GUIDE)]
+
+
+def _noise(table: xr.Dataset) -> float:
+    """How large the largest shift of K coordinates is where there is none: of normal errors of this size."""
+    error, size = float(table["mean_shift_error"].mean()), table.sizes["coordinate"]
+    return error * math.sqrt(2 * math.log(2 * size))
 
 
 def _predictive(table: xr.Dataset) -> list[Said]:

@@ -337,6 +337,8 @@ def _check_arguments(
     for name, value, least in (("epochs", epochs, 1), ("batch_size", batch_size, 1), ("kl_warmup", kl_warmup, 0)):
         if value < least:
             raise ValueError(f"{name} must be at least {least}; found {value}.")
+    if batch_size >= 2**63:
+        raise ValueError(f"batch_size must be a number of 64 bits; found {batch_size}.")
     if clip is not None and not clip > 0:
         raise ValueError(f"clip is a gradient norm and must be positive; found {clip}.")
     if patience is not None and patience < 1:
