@@ -16,6 +16,8 @@ INK = {"cmap": "gray_r", "vmin": 0.0, "vmax": 1.0, "interpolation": "nearest"}
 
 def samples(story: Story, num_observations: int = 64, seed: int = 0) -> Figure:
     """New images: the mean of p(x | z) for draws z of the prior, and a draw x from each."""
+    if num_observations < 1:
+        raise ValueError(f"num_observations must be at least 1; found {num_observations}.")
     site = traces.nodes(traces.prior_predictive(story, num_observations, seed=seed))["x"]
     return image_panels({"mean of p(x | z), z ~ p(z)": center(site["fn"]), "x ~ p(x | z)": site["value"]})
 
@@ -57,6 +59,8 @@ def tile(images: Tensor, columns: int, gap: int = 1) -> np.ndarray:
     >>> tile(torch.zeros(10, 1, 28, 28), columns=5).shape
     (58, 145)
     """
+    if columns < 1:
+        raise ValueError(f"columns must be at least 1; found {columns}.")
     padded = torch.nn.functional.pad(images.detach().float().cpu().clamp(0, 1), (0, gap, 0, gap))
     missing = -len(padded) % columns
     padded = torch.cat([padded, padded.new_zeros(missing, *padded.shape[1:])])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppl_vae import noise, traces
+from ppl_vae import checks, noise, traces
 from ppl_vae.discrete import tell
 from ppl_vae.traces import Columns, Site, Story
 
@@ -55,6 +55,7 @@ def equations(story: Story, *columns: Tensor) -> tuple[list[Equation], list[Equa
     >>> print(*model, *guide, sep="; ")
     z ~ Normal(loc = 0, scale = 1); x | z ~ Bernoulli(logits = f(z)); z | x ~ Normal(loc = f(x), scale = f(x))
     """
+    checks.check_columns(checks.column_names(story, columns), columns)
     numbers = torch.linspace(0, len(columns[0]) - 1, ROWS).round().long()
     rows = traces.to_story(story, tuple(column[numbers] for column in columns))
     with traces.scoring(story), noise.unit(rows[0].device, 0, noise.Purpose.CHECK), torch.enable_grad():
