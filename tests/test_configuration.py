@@ -16,6 +16,7 @@ from pyro.infer import ELBO
 from ppl_vae import check, configuration, data, load, log_evidence, save
 from ppl_vae.configuration import (
     CHOICES,
+    LARGEST,
     POSITIVE,
     STORY_SLOTS,
     Bernoulli,
@@ -118,16 +119,16 @@ runs = st.builds(
     training=st.builds(TrainingConfiguration, free_bits=positive)
     | st.builds(
         TrainingConfiguration,
-        epochs=st.integers(1),
-        batch_size=st.integers(1),
+        epochs=st.integers(1, LARGEST),
+        batch_size=st.integers(1, LARGEST),
         learning_rate=positive,
         beta=positive,
         objective=st.builds(ImportanceWeighted, particles=st.integers(1, 99))
         | st.builds(Renyi, alpha=st.floats(0, 0.9)),
-        kl_warmup=st.integers(0),
-        patience=st.integers(0),
-        num_particles=st.integers(1),
-        seed=st.integers(0),
+        kl_warmup=st.integers(0, LARGEST),
+        patience=st.integers(0, LARGEST),
+        num_particles=st.integers(1, LARGEST),
+        seed=st.integers(0, LARGEST),
     ),
 )
 
@@ -438,7 +439,7 @@ def test_building_leaves_the_generator_alone():
     "wanted",
     [
         StoryConfiguration(event_shape=(5,), network=Mlp((2**60,))),
-        StoryConfiguration(event_shape=(5,), latent_dim=10**30),
+        StoryConfiguration(event_shape=(5,), latent_dim=10**18),
         StoryConfiguration(event_shape=(10**10, 10**10, 10**10)),
     ],
     ids=["memory", "integer", "product"],

@@ -214,7 +214,9 @@ DOORS = {
 
 @pytest.mark.parametrize("make", PICKLES.values(), ids=PICKLES)
 @pytest.mark.parametrize(
-    ("name", "door"), [(name, door) for name, doors in DOORS.items() for door in doors], ids=lambda part: str(part)[:30]
+    ("name", "door"),
+    [(name, door) for name, doors in DOORS.items() for door in doors],
+    ids=lambda part: getattr(part, "__name__", str(part)),
 )
 def test_a_pickle_at_a_door_is_refused_and_does_not_run(name, door, make, mark, tmp_path):
     if name.endswith(".parquet"):

@@ -18,9 +18,11 @@ import numpy as np
 import torch
 import torch.distributions as td
 import xarray as xr
+from pyro import poutine
 from scipy import stats
 from sklearn.ensemble import HistGradientBoostingClassifier
 from torch import Tensor
+from torch.distributions import constraints
 
 from ppl_vae import checks, noise, traces
 from ppl_vae.discrete import Assignments, log_densities, tell
@@ -322,6 +324,8 @@ def _look(block: Block, divergence: _Divergence, num_draws: int, prior_depends: 
     sites = torch.stack([values.sum(2) for values in by_part], dim=2)
     _refuse_infinite(block, sites.sum(2))
     mean, mean_variance = _mean_and_variance(u)
+    if (known := _mean_in_closed_form(block)) is not None:
+        mean, mean_variance = known, torch.zeros_like(known)
     if prior_depends:
         prior_mean, prior_variance = _mean_and_variance(prior_u)
         mean, mean_variance = mean - prior_mean, mean_variance + prior_variance
@@ -332,6 +336,26 @@ def _look(block: Block, divergence: _Divergence, num_draws: int, prior_depends: 
         *(mean, mean_variance, u[0], prior_u[0]),
     )
     return tuple(values.cpu().numpy() for values in found)
+
+
+def _mean_in_closed_form(block: Block) -> Tensor | None:
+    """The guide's mean, shape (N, K), where it draws all latents at one site, over all numbers, and knows it."""
+    space = block.joint.space
+    assert space is not None
+    with block.noise(noise.Purpose.COLLAPSE):
+        sites = sample_sites(poutine.trace(block.joint.story.guide).get_trace(*block.columns))
+    if len(sites) > 1 or set(sites) != set(space.event_shapes):
+        return None
+    ((name, site),) = sites.items()
+    support = site["fn"].support
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    try:
+        mean = site["fn"].mean
+    except NotImplementedError:
+        return None
+    known = support in (constraints.real, constraints.real_vector) and bool(mean.isfinite().all())
+    return space.coordinates({name: mean}) if known else None
 
 
 def _draw(
