@@ -634,17 +634,15 @@ def _positive(value: Positive, floor: float, name: str = "scale") -> nn.Module:
         return _Above(value, floor)
     if isinstance(value, Learned):
         if not _holds((value.initial > floor) & value.initial.isfinite()):
-            raise ValueError(
-                f"A learned {name} must start above its floor {floor:g}, and finite; found {value.initial.min():g}."
-            )
+            raise ValueError(f"A learned {name} must start above its floor {floor:g}; found {value.initial.min():g}.")
         excess = value.initial - floor
         return _Above(_Trained(excess + torch.log(-torch.expm1(-excess))), floor)  # the inverse of softplus
     fixed = torch.as_tensor(value, dtype=torch.get_default_dtype())
+    if not _holds(fixed > 0):
+        raise ValueError(f"A fixed {name} must be positive; found {fixed.min():g}.")
     smallest = torch.finfo(fixed.dtype).tiny ** 0.5  # its square is a number
     if not _holds((fixed >= smallest) & (fixed <= 1 / smallest)):
-        raise ValueError(
-            f"A fixed {name} must be positive, from {smallest:.1g} to {1 / smallest:.1g}; found {fixed.min():g}."
-        )
+        raise ValueError(f"The square of a fixed {name} must be a number; found {fixed.min():g} to {fixed.max():g}.")
     return _Fixed(fixed)
 
 

@@ -42,8 +42,10 @@ def unit_seed(seed: int, purpose: Purpose, *indices: int) -> int:
     >>> unit_seed(0, Purpose.TRAINING, 1, 2) == unit_seed(0, Purpose.TRAINING, 1, 3)
     False
     """
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed must be a whole number from 0 up, of 64 bits; found {seed}.")
+    if seed < 0:
+        raise ValueError(f"seed must be a whole number from 0 up; found {seed}.")
+    if seed >= 2**64:
+        raise ValueError(f"seed must be a number of 64 bits; found {seed:.3g}.")
     return int(np.random.SeedSequence(seed, spawn_key=(purpose, *indices)).generate_state(1, np.uint64)[0])
 
 

@@ -179,6 +179,7 @@ COMMANDS = (
 )
 
 
+@pytest.mark.slow
 def test_f3_results_that_do_not_fit_are_one_line_each_and_the_old_ones_stay(run):
     """In another process, because libraries in C have died of this."""
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
@@ -506,9 +507,8 @@ def interrupted(made, folder, number, epochs=100_000):
     return process.returncode, said
 
 
-@pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.slow
 def test_f12_a_run_that_is_told_to_stop_saves_says_how_to_go_on_and_then_ends_with_the_same_bits(
     number, status, made, tmp_path, capsys
 ):

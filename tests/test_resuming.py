@@ -276,6 +276,7 @@ def test_f12_a_signal_finishes_the_step_and_saves(number, status, tmp_path):
     assert about["training"]["tally"]["epoch"] >= 1
 
 
+@pytest.mark.slow
 def test_f1_a_killed_training_goes_on_bit_for_bit(tmp_path):
     whole = started(tmp_path, tmp_path / "whole")
     assert whole.communicate(timeout=120) is not None and whole.returncode == 0
