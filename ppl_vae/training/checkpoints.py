@@ -30,14 +30,15 @@ KEPT = 2
 MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError)
 
 
-class Learns(Protocol):
-    """An engine, as far as it is kept."""
+class Engines(Protocol):
+    """Takes the steps of epochs, and knows what an engine that goes on needs."""
 
     @property
     def name(self) -> str: ...
     @property
     def learned(self) -> dict[str, float | int]: ...
     def recall(self, learned: Mapping[str, Any]) -> None: ...
+    def take_epoch(self, tally: Tally) -> str: ...
 
 
 @dataclass
@@ -53,7 +54,7 @@ class Training:
     scheduler: torch.optim.lr_scheduler.LRScheduler | None
     history: History
     best: Best
-    engine: Learns
+    engine: Engines
     asked: dict[str, Any]
 
 

@@ -158,50 +158,52 @@ def fit(
         story, columns, batch_size, elbo, torch_optimizer, clip, transform, tempering, bool(kl_warmup), dtype, seed
     )
     engines = _Engines(task, engine, compile, epochs * task.batches_in_epoch)
-    history, tally = History(engine=engines.name), Tally(task, 1)
-    best = Best(story, patience, kl_warmup)
+    history, best = History(engine=engines.name), Best(story, patience, kl_warmup)
     asked = {"clip": clip, "kl_warmup": kl_warmup, "patience": patience, "engine": engine}
-    weights = {"beta": beta, "free_bits": free_bits}
-    asked |= {name: dict(w) if isinstance(w, Mapping) else w for name, w in weights.items()}
-    asked |= {"validation": len(held_out[0]) if held_out else 0}
-    training = Training(task, scheduler, history, best, engines, _settings(task) | asked)
-    if resume is not None:
-        tally = restore(Path(resume), training)
+    asked |= {"beta": _plain(beta), "free_bits": _plain(free_bits), "validation": len(held_out[0]) if held_out else 0}
+    kept = checkpoints is not None or resume is not None
+    training = Training(task, scheduler, history, best, engines, _settings(task) | asked if kept else {})
+    tally = Tally(task, 1) if resume is None else restore(Path(resume), training)
     keeper = None if checkpoints is None else Checkpoints(Path(checkpoints), checkpoint_every, training)
+    validate = partial(_validate, task, held_out_elbo, held_out) if held_out else None
 
-    bar = tqdm(
-        total=epochs,
-        initial=len(history),
-        desc="training",
-        unit="epoch",
-        disable=None if progress is None else not progress,
-    )
+    hidden = None if progress is None else not progress
+    bar = tqdm(total=epochs, initial=len(history), desc="training", unit="epoch", disable=hidden)
     with bar, best, _training(story, device), nullcontext() if keeper is None else keeper.finishing_steps():
         while tally.epoch <= epochs and not best.is_over(tally.epoch - 1):
-            epoch, started = tally.epoch, time.perf_counter()
-            tempering.factor = min(1.0, epoch / kl_warmup) if kl_warmup else 1.0
-            row: Row = {"epoch": epoch, "step": epoch * task.batches_in_epoch}
+            tempering.factor = min(1.0, tally.epoch / kl_warmup) if kl_warmup else 1.0
             tally.checkpoints = keeper
-            history.engine = engines.take_epoch(tally)
-            row |= tally.row
-            row |= {"kl_factor": tempering.factor, "learning_rate": torch_optimizer.param_groups[0]["lr"]}
-            if scheduler is not None:
-                scheduler.step()
-            if held_out:
-                row["validation_elbo"] = _validate(task, held_out_elbo, held_out)
-            row["seconds"] = round(time.perf_counter() - started, 4)
-            history.rows.append(row)
-            best.seen(row)
+            row = _take_epoch(training, tally, validate)
             for callback in callbacks:
                 callback(story, row)
             bar.update()
             bar.set_postfix({key: f"{row[key]:.2f}" for key in ("train_elbo", "validation_elbo") if key in row})
-            tally = Tally(task, epoch + 1, tally.skipped_in_a_row)
+            tally = Tally(task, tally.epoch + 1, tally.skipped_in_a_row)
         if keeper is not None:
             keeper.write(tally)
     if held_out and best.weights is None:
         raise FloatingPointError("No epoch had a finite validation ELBO. Try a smaller learning rate, or clip.")
     return history
+
+
+def _take_epoch(training: Training, tally: Tally, validate: Callable[[], float] | None) -> Row:
+    """The rest of an epoch, judged and written into the history."""
+    started, task, rate = time.perf_counter(), training.task, training.task.optimizer.param_groups[0]["lr"]
+    training.history.engine = training.engine.take_epoch(tally)
+    row: Row = {"epoch": tally.epoch, "step": tally.epoch * task.batches_in_epoch} | tally.row
+    row |= {"kl_factor": cast(float, task.tempering.factor), "learning_rate": rate}
+    if training.scheduler is not None:
+        training.scheduler.step()
+    if validate is not None:
+        row["validation_elbo"] = validate()
+    row["seconds"] = round(time.perf_counter() - started, 4)
+    training.history.rows.append(row)
+    training.best.seen(row)
+    return row
+
+
+def _plain(weights: float | Mapping[str, float] | None) -> float | dict[str, float] | None:
+    return dict(weights) if isinstance(weights, Mapping) else weights
 
 
 def _settings(task: Task) -> dict[str, Any]:
