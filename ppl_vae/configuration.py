@@ -886,7 +886,7 @@ def _at_least(configuration: Any, **least: int) -> None:
         if (found := getattr(configuration, name)) is not None and found < value:
             raise ValueError(f"{name} must be at least {value}; found {found}.")
         if found is not None and found > LARGEST:
-            raise ValueError(f"{name} must be at most {LARGEST}; found {found:.3g}.")
+            raise ValueError(f"{name} must be at most {LARGEST}; found {found!s:.20}...")
 
 
 def _one_of(name: str, word: str | None, words: tuple[str | None, ...]) -> None:

@@ -45,7 +45,7 @@ def unit_seed(seed: int, purpose: Purpose, *indices: int) -> int:
     if seed < 0:
         raise ValueError(f"seed must be a whole number from 0 up; found {seed}.")
     if seed >= 2**64:
-        raise ValueError(f"seed must be a number of 64 bits; found {seed:.3g}.")
+        raise ValueError(f"seed must be a number of 64 bits; found {seed!s:.20}...")
     return int(np.random.SeedSequence(seed, spawn_key=(purpose, *indices)).generate_state(1, np.uint64)[0])
 
 

@@ -1,13 +1,15 @@
 """What the diagnostics say, in words: what is as it should be, what is not, and what to try."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import xarray as xr
 
+from ppl_vae.capture import first_line
 from ppl_vae.diagnostics.diagnosis import Diagnosis
 from ppl_vae.evidence import Evidence
 
@@ -47,13 +49,27 @@ Said = tuple[Level, str, str]
 
 
 def findings(diagnosis: Diagnosis) -> list[Finding]:
-    """What a diagnosis says, section by section."""
+    """What a diagnosis says, section by section; ValueError where a table is not one of :func:`diagnose`."""
     return [
         Finding(section, level, text, "" if level == "good" else advice)
         for section, table in diagnosis.items()
         if section in SENTENCES
-        for level, text, advice in SENTENCES[section](table)
+        for level, text, advice in _said(section, table)
     ]
+
+
+def _said(section: str, table: xr.Dataset) -> list[Said]:
+    with of_diagnosis(section):
+        return SENTENCES[section](table)
+
+
+@contextmanager
+def of_diagnosis(section: str) -> Iterator[None]:
+    """Inside, whatever a table lacks is a ValueError that names its section: somebody else wrote it."""
+    try:
+        yield
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError, OverflowError, ZeroDivisionError) as error:
+        raise ValueError(f"The table of {section!r} is not what diagnose writes: {first_line(error)}") from error
 
 
 def _level(value: float, bounds: tuple[float, float]) -> Level:

@@ -252,7 +252,7 @@ class Joint:
                 hessian = torch.stack([_gradient(part, u) for part in slope.sum(0)], dim=1)
             return log_p.detach(), slope.detach(), hessian
 
-        log_p, slope, hessian = self._in_chunks(derivatives, traces.as_rows(columns, len(u) // len(columns[0])), u)
+        log_p, slope, hessian = self._in_chunks(derivatives, columns, u)
         return log_p, slope, hessian
 
     def _map(
@@ -274,17 +274,17 @@ class Joint:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-        return self._in_chunks(function, traces.as_rows(columns, num_particles), *tensors)
+        return self._in_chunks(function, columns, *tensors)
 
     def _in_chunks(
-        self, function: Callable[..., tuple[Tensor, ...]], rows: Columns, *tensors: Tensor
+        self, function: Callable[..., tuple[Tensor, ...]], columns: Columns, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        """``function(rows, *tensors)`` in chunks that fit into memory."""
+        """``function(rows, *tensors)`` in chunks that fit into memory, with the rows of :func:`traces.as_rows`."""
 
-        def flat(*parts: Tensor) -> tuple[Tensor, ...]:
-            return function(parts[: len(rows)], *parts[len(rows) :])
+        def of_rows(number: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
+            return function(tuple(column[number % len(column)] for column in columns), *parts)
 
-        return self.chunks.map(flat, *rows, *tensors)
+        return self.chunks.map(of_rows, torch.arange(len(tensors[0]), device=columns[0].device), *tensors)
 
     def model(self, *rows: Tensor) -> Any:
         """The story's model, its matrix products in ``model_dtype``."""

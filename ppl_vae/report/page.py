@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from ppl_vae import plots
 from ppl_vae.diagnostics import Diagnosis, Finding, findings
+from ppl_vae.diagnostics.findings import of_diagnosis
 from ppl_vae.evidence import Evidence
 from ppl_vae.report.equations import Equation, equations
 from ppl_vae.report.living_atlas import living_atlas
@@ -181,6 +182,12 @@ def _diagnosed(account: Account, name: str) -> Section:
         missing = account.diagnosis.unavailable.get(name, "Not computed.")
         return Section(name, title, question, missing=missing)
     table = account.diagnosis[name]
+    with of_diagnosis(name):
+        return _told(account, name, table)
+
+
+def _told(account: Account, name: str, table: xr.Dataset) -> Section:
+    title, question = QUESTIONS[name]
     own = [finding for finding in findings(account.diagnosis) if finding.section == name]
     figures = list(_drawn(account, name, table))
     living = None
