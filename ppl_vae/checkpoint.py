@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +29,7 @@ FORMAT = "ppl_vae/checkpoint/1"
 BEFORE_CHECKSUM = rb"{\"sha256\": \""
 BLANK = "0" * 64
 BYTES_AT_ONCE = 2**20
+ROWS_AT_ONCE = 4096
 
 OF_STORY = "story/"
 
@@ -70,6 +71,17 @@ def write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -
     }
     said = {"sha256": BLANK, "format": FORMAT, "versions": versions(), **about}
     write_atomically(path, sealed(safetensors.torch.save(whole, {"about": json.dumps(said)})))
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """A hash of tensors, in their order."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        for first in range(0, len(tensor) if tensor.dim() else 1, ROWS_AT_ONCE):
+            rows = tensor[first : first + ROWS_AT_ONCE] if tensor.dim() else tensor
+            digest.update(rows.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def versions() -> dict[str, str]:

@@ -157,6 +157,13 @@ def column_names(story: Story, columns: Sequence[Tensor]) -> list[str]:
     return names
 
 
+def check_at_least(least: int, **arguments: int) -> None:
+    """Raises ValueError naming the argument that is smaller."""
+    for name, value in arguments.items():
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}; found {value}.")
+
+
 def check_columns(names: Sequence[str], columns: Sequence[Tensor]) -> None:
     """Raises ValueError unless there are columns, of one length, not empty, with finite values."""
     if not columns:

@@ -386,11 +386,10 @@ def _diagnose(options: argparse.Namespace) -> None:
     typed = [StoryFile.parse(text) for text in options.story]
 
     from ppl_vae import runs  # imports torch, seconds
+    from ppl_vae.diagnostics.findings import as_text
 
-    diagnosis = runs.diagnose(options.run, asked, options.device, typed)
-    print(
-        runs.as_json(runs.diagnosis_table(diagnosis, options.run)) if options.json else runs.diagnosis_text(diagnosis)
-    )
+    found = runs.diagnose(options.run, asked, options.device, typed)
+    print(runs.as_json(runs.diagnosis_table(found, options.run)) if options.json else as_text(found))
 
 
 def _write_report(options: argparse.Namespace) -> None:

@@ -25,6 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ppl_vae.memory import MOST_BYTES_PER_PACKED_BYTE
+
 Binarization: TypeAlias = Literal["none", "static", "dynamic"]
 Source: TypeAlias = str | os.PathLike[str] | np.ndarray | Tensor | tuple[Any, Any]
 
@@ -39,9 +41,6 @@ _IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "PPM", "TIFF", "WEBP")
 # The largest count that grey levels from 0 to 1 may stand for, and how far from whole numbers rounding takes them.
 GREY_LEVELS = (16, 255)
 LARGEST_ROUNDING = 1e-3
-
-# Deflate, inside gzip and zip, packs at most 1032 bytes into one: a larger claim is a lie.
-_MOST_BYTES_PER_PACKED_BYTE = 1100
 
 
 class Split(NamedTuple):
@@ -556,7 +555,7 @@ def _one_line(error: Exception) -> str:
 def _read_idx(file: Path) -> np.ndarray:
     """Unsigned bytes from an IDX file, which may be gzipped: a magic number, big-endian sizes, then the bytes."""
     packed = file.suffix == ".gz"
-    most = file.stat().st_size * (_MOST_BYTES_PER_PACKED_BYTE if packed else 1)
+    most = file.stat().st_size * (MOST_BYTES_PER_PACKED_BYTE if packed else 1)
     try:
         with gzip.open(file) if packed else file.open("rb") as content:
             shape = _idx_shape(content, num_sizes=3 if "idx3" in file.name else 1)
@@ -594,7 +593,7 @@ def _read_npz(path: Path) -> _Rows:
     where = repr(str(path))
     with path.open("rb") as file:
         try:
-            x, labels = _read_members(file, where, most=path.stat().st_size * _MOST_BYTES_PER_PACKED_BYTE)
+            x, labels = _read_members(file, where, most=path.stat().st_size * MOST_BYTES_PER_PACKED_BYTE)
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, UnicodeDecodeError) as error:
             raise ValueError(f"{where} is damaged, or not an .npz file; write it anew with numpy.savez") from error
     return _labelled(_observations(x, f"x in {where}"), labels, f"labels in {where}")

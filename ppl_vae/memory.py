@@ -1,9 +1,12 @@
-"""Running out of memory, which torch tells in several ways."""
+"""Memory: running out of it, which torch tells in several ways, and files that claim more than they can hold."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+# Deflate, inside gzip, zip and HDF5, packs at most 1032 bytes into one: a larger claim is a lie.
+MOST_BYTES_PER_PACKED_BYTE = 1100
 
 
 @contextmanager

@@ -11,7 +11,6 @@ import json
 import math
 import shlex
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -29,7 +28,6 @@ from ppl_vae.checkpoint import load, save, write_atomically
 from ppl_vae.configuration import DiagnosisConfiguration, EvidenceConfiguration, RunConfiguration, StoryFile
 from ppl_vae.data import Dataset, Split
 from ppl_vae.diagnostics import Diagnosis, diagnosis, findings
-from ppl_vae.diagnostics.findings import as_text
 from ppl_vae.diagnostics.latent import center
 from ppl_vae.evidence import Evidence, comparison, log_evidence
 from ppl_vae.evidence.comparison import Comparison
@@ -211,7 +209,6 @@ def _train_and_judge(
 ) -> dict[str, Any]:
     """Trains a story, from a checkpoint if there is one, then judges and pictures it."""
     training, columns = wanted.training, partial(columns_of, wanted.data)
-    started = time.perf_counter()
     try:
         history = fit(
             story,
@@ -235,7 +232,7 @@ def _train_and_judge(
     except (KeyboardInterrupt, SystemExit):
         save(story, folder / STORY)
         raise
-    seconds = time.perf_counter() - started
+    seconds = float(history["seconds"].sum())
     save(story, folder / STORY)
     say(f"trained {len(history)} epochs in {seconds:.0f} s; the weights of epoch {history.best_epoch} were best")
 
@@ -249,9 +246,7 @@ def _train_and_judge(
     for name, figure in _pictures(story, history, dataset.test, test).items():
         _save_picture(figure, folder / name)
     run = Run(folder, wanted, dataset.record, story)
-    write_atomically(
-        folder / REPORT, page(_account(run, dataset, diagnosis.read(folder / DIAGNOSIS), history)).encode()
-    )
+    write_atomically(folder / REPORT, page(_account(run, dataset, history)).encode())
     return {"run": str(folder)} | results
 
 
@@ -430,14 +425,14 @@ def diagnose(
         run.story,
         *columns,
         labels=None if test.labels is None else test.labels[: asked.limit],
-        evidence=_known_evidence(run, run.columns(test), len(columns[0])),
+        evidence=_known_evidence(run, run.columns(test), asked.limit),
         sections=asked.sections or tuple(diagnosis.SECTIONS),
         folder=folder / DIAGNOSIS,
         seed=run.seed if asked.seed is None else asked.seed,
     )
 
 
-def _known_evidence(run: Run, columns: traces.Columns, limit: int) -> Evidence | None:
+def _known_evidence(run: Run, columns: traces.Columns, limit: int | None = None) -> Evidence | None:
     """The saved evidence of the first test observations, if the best method for each estimated it."""
     file = _evidence_file(run.folder, "test")
     if not file.exists():
@@ -449,11 +444,6 @@ def _known_evidence(run: Run, columns: traces.Columns, limit: int) -> Evidence |
             return None
         first = tuple(column[:limit] for column in columns)
         return Evidence(table.isel(observation=slice(limit)).assign_attrs(fingerprint=fingerprint(run.story, first)))
-
-
-def diagnosis_text(found: Diagnosis) -> str:
-    """A diagnosis in words."""
-    return as_text(found)
 
 
 def diagnosis_table(found: Diagnosis, folder: Path) -> dict[str, Any]:
@@ -474,15 +464,16 @@ def report(folder: Path, out: Path, device: str | None = None, typed: Sequence[S
         ValueError: when a file of the run is damaged.
     """
     run = open_run(folder, device, typed)
-    dataset = data_of(run)
-    found = diagnosis.read(folder / DIAGNOSIS)
-    write_atomically(out, page(_account(run, dataset, found, _history(folder))).encode())
+    write_atomically(out, page(_account(run, data_of(run), _history(folder))).encode())
 
 
-def _account(run: Run, dataset: Dataset, found: Diagnosis, history: History | None) -> Account:
-    """What a report tells of a run."""
+def _account(run: Run, dataset: Dataset, history: History | None) -> Account:
+    """What a report tells of a run: without a diagnosis at least the evidence that training left."""
+    found = diagnosis.read(run.folder / DIAGNOSIS, run.story)
     table = next(iter(found.values()), None)
-    limit = DiagnosisConfiguration().limit if table is None else table.attrs["num_diagnosed"]
+    limit = DiagnosisConfiguration().limit if table is None else int(table.attrs["num_diagnosed"])
+    if "evidence" not in found and (known := _known_evidence(run, run.columns(dataset.test))) is not None:
+        found = replace(found, tables={"evidence": known.dataset} | found.tables)
     results, about = _table_in(run.folder / RESULTS), _table_in(run.folder / CONFIGURATION)
     names = dataset.label_names or ()
     arguments = shlex.join(["ppl-vae", "train", *configuration.to_arguments(run.wanted)])
@@ -493,11 +484,17 @@ def _account(run: Run, dataset: Dataset, found: Diagnosis, history: History | No
         diagnosis=found,
         history=history,
         label_names=dict(enumerate(names)),
-        data={name.replace("_", " "): str(value) for name, value in dataset.record.items()},
+        data={name.replace("_", " "): _in_words(value) for name, value in dataset.record.items()},
         training={name.replace("_", " "): str(value) for name, value in results.items() if name in REPORTED},
         versions={name: str(about[name]) for name in ("ppl_vae", "torch") if name in about},
         commands=[arguments, "ppl-vae diagnose RUN", "ppl-vae report RUN"],
     )
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {part}" for name, part in value.items())
+    return " x ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _history(folder: Path) -> History | None:

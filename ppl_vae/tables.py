@@ -11,9 +11,7 @@ import xarray as xr
 from xarray.backends import H5NetCDFStore
 
 from ppl_vae.checkpoint import write_atomically
-
-# Deflate packs at most 1032 bytes into one: a larger claim is a lie.
-MOST_BYTES_PER_PACKED_BYTE = 1100
+from ppl_vae.memory import MOST_BYTES_PER_PACKED_BYTE
 
 DAMAGED = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError)
 

@@ -85,8 +85,9 @@ def test_unknown_sections_are_refused():
 
 
 def test_sections_come_back_as_they_were(tmp_path):
-    found = diagnostics.diagnose(small_vae(), images(), sections=QUICK, folder=tmp_path, progress=False)
-    again = diagnosis.read(tmp_path)
+    story = small_vae()
+    found = diagnostics.diagnose(story, images(), sections=QUICK, folder=tmp_path, progress=False)
+    again = diagnosis.read(tmp_path, story)
     assert list(again) == list(found) == list(QUICK)
     assert all(again[section].equals(found[section]) for section in QUICK)
     assert as_text(again) == as_text(found)
@@ -102,7 +103,7 @@ def test_an_interrupted_diagnosis_goes_on_where_it_stopped(tmp_path, monkeypatch
         patched.setitem(diagnosis.SECTIONS, "calibration", interrupt)
         with pytest.raises(KeyboardInterrupt):
             diagnostics.diagnose(story, images(), sections=QUICK, folder=tmp_path, progress=False)
-    assert list(diagnosis.read(tmp_path)) == ["guide"]
+    assert list(diagnosis.read(tmp_path, story)) == ["guide"]
     monkeypatch.setitem(diagnosis.SECTIONS, "guide", interrupt)  # is not computed again
     found = diagnostics.diagnose(story, images(), sections=QUICK, folder=tmp_path, progress=False)
     assert list(found) == list(QUICK)
@@ -120,13 +121,25 @@ def test_tables_of_something_else_are_computed_again(change, tmp_path):
     assert not np.array_equal(before["elbo"], after["elbo"])
 
 
+def test_tables_of_other_weights_or_observations_are_out_of_date(tmp_path):
+    story, x = small_vae(), images()
+    diagnostics.diagnose(story, x, sections=("guide",), folder=tmp_path, progress=False)
+    diagnostics.diagnose(story, x[:20], sections=("collapse",), folder=tmp_path, progress=False)
+    latest = diagnosis.read(tmp_path, story)
+    assert list(latest) == ["collapse"]
+    assert "Out of date" in latest.unavailable["guide"]
+    with torch.no_grad():
+        next(story.parameters()).add_(0.1)
+    assert list(diagnosis.read(tmp_path, story)) == []
+
+
 def test_a_damaged_table_is_computed_again_and_refused_by_readers(tmp_path):
     story = small_vae()
     found = diagnostics.diagnose(story, images(), sections=("guide",), folder=tmp_path, progress=False)
     file = tmp_path / "guide.nc"
     file.write_bytes(file.read_bytes()[:500])
     with pytest.raises(ValueError, match="not a whole netCDF file"):
-        diagnosis.read(tmp_path)
+        diagnosis.read(tmp_path, story)
     again = diagnostics.diagnose(story, images(), sections=("guide",), folder=tmp_path, progress=False)
     assert again["guide"]["elbo"].equals(found["guide"]["elbo"])
     assert tables.load(file)["elbo"].equals(found["guide"]["elbo"])

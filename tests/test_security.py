@@ -197,7 +197,7 @@ def read_evidence(path):
 
 
 def read_diagnosis(path):
-    diagnosis.read(path.parent)
+    diagnosis.read(path.parent, small_vae())
 
 
 DOORS = {

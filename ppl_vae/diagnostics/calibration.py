@@ -114,12 +114,9 @@ def calibration(
 
 
 def _refuse_nonsense(num_observations: int, num_draws: int, max_coordinates: int, family_wise_error: float) -> None:
-    if num_observations < 2:
-        raise ValueError(f"num_observations must be at least 2; found {num_observations}.")
-    if num_draws < FEWEST_DRAWS:
-        raise ValueError(f"num_draws must be at least {FEWEST_DRAWS}; found {num_draws}.")
-    if max_coordinates < 1:
-        raise ValueError(f"max_coordinates must be at least 1; found {max_coordinates}.")
+    checks.check_at_least(2, num_observations=num_observations)
+    checks.check_at_least(FEWEST_DRAWS, num_draws=num_draws)
+    checks.check_at_least(1, max_coordinates=max_coordinates)
     if not 0 < family_wise_error < 1:
         raise ValueError(f"family_wise_error must lie between 0 and 1; found {family_wise_error}.")
 

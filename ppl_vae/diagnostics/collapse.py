@@ -95,8 +95,7 @@ def collapse(
     >>> of_units["kl"].sizes, of_units["kl_method"].item()
     (Frozen({'unit': 3}), 'analytic')
     """
-    if num_draws < 2:
-        raise ValueError(f"num_draws must be at least 2; found {num_draws}.")
+    checks.check_at_least(2, num_draws=num_draws)
     checks.dry_run(story, *columns)
     if len(columns[0]) < 2:
         raise ValueError("Whether a posterior depends on x shows on two observations or more; found 1.")

@@ -199,8 +199,7 @@ def _planned(
     num_draws: int, num_predictive: int, num_particles: int | None, resample: bool, elementwise: bool
 ) -> _Plan:
     """Raises ValueError for arguments that mean nothing."""
-    if num_draws < 1:
-        raise ValueError(f"num_draws must be at least 1; found {num_draws}.")
+    checks.check_at_least(1, num_draws=num_draws)
     if num_predictive < 0:
         raise ValueError(f"num_predictive must be 0 or more; found {num_predictive}.")
     if num_particles is not None and not resample:

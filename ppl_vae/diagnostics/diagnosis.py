@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import ppl_vae
-from ppl_vae import checks, tables, traces
+from ppl_vae import checkpoint, checks, tables, traces
 from ppl_vae.diagnostics.calibration import calibration
 from ppl_vae.diagnostics.collapse import collapse
 from ppl_vae.diagnostics.gaps import gaps
@@ -34,6 +34,7 @@ CALIBRATION_OBSERVATIONS = 1000
 
 # Why a section is missing, in the attributes of an empty table.
 UNAVAILABLE = "unavailable"
+OUT_OF_DATE = "Out of date: computed for other weights or observations. Diagnose again."
 
 Section = Callable[["Subject"], xr.Dataset]
 
@@ -196,14 +197,16 @@ def diagnose(
         raise ValueError(f"Unknown sections {sorted(unknown)}; there are {', '.join(SECTIONS)}.")
     checks.dry_run(story, *columns)
     subject = Subject(story, columns, labels, seed, progress, evidence)
-    asked = _asked(subject)
+    asked, weights = _asked(subject), checkpoint.fingerprint(story.state_dict().values())
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, xr.Dataset] = {}
     wanted = [section for section in SECTIONS if section in sections]
     for section in tqdm(wanted, desc="diagnosis", unit="section", disable=None if progress is None else not progress):
         file = None if folder is None else folder / f"{section}.nc"
-        table = _known(file, asked) or _computed(section, subject).assign_attrs(asked=asked, num_diagnosed=subject.size)
+        table = _known(file, asked) or _computed(section, subject).assign_attrs(
+            asked=asked, weights=weights, num_diagnosed=subject.size
+        )
         if section == "evidence" and UNAVAILABLE not in table.attrs:
             subject = replace(subject, evidence=Evidence(table))
         if file is not None:
@@ -212,14 +215,23 @@ def diagnose(
     return _sorted_out(found)
 
 
-def read(folder: Path) -> Diagnosis:
-    """The tables that :func:`diagnose` left in a folder; those of a run that was interrupted, too.
+def read(folder: Path, story: Story) -> Diagnosis:
+    """The tables that :func:`diagnose` left of a story in a folder; those of a run that was interrupted, too.
+
+    A table of other weights, or of other observations than the latest, is out of date: it counts as unavailable.
 
     Raises:
         ValueError: when a table is damaged.
     """
-    files = {section: folder / f"{section}.nc" for section in SECTIONS}
-    return _sorted_out({section: tables.load(file) for section, file in files.items() if file.exists()})
+    files = {section: file for section in SECTIONS if (file := folder / f"{section}.nc").exists()}
+    found = {section: tables.load(file) for section, file in files.items()}
+    weights = checkpoint.fingerprint(story.state_dict().values())
+    current = [section for section, table in found.items() if table.attrs.get("weights") == weights]
+    latest = max(current, key=lambda section: files[section].stat().st_mtime_ns, default=None)
+    for section, table in found.items():
+        if latest is None or table.attrs.get("asked") != found[latest].attrs["asked"] or section not in current:
+            found[section] = xr.Dataset(attrs={UNAVAILABLE: OUT_OF_DATE})
+    return _sorted_out(found)
 
 
 def _computed(section: str, subject: Subject) -> xr.Dataset:
@@ -245,15 +257,11 @@ def _known(file: Path | None, asked: str) -> xr.Dataset | None:
 
 def _asked(subject: Subject) -> str:
     """A hash of the story's weights, the data, the seed and the version."""
-    digest = hashlib.sha256(f"{ppl_vae.__version__} {subject.seed}".encode())
     with traces.scoring(subject.story):
-        digest.update(fingerprint(subject.story, subject.columns).encode())
-    for name, tensor in subject.story.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    if subject.labels is not None:
-        digest.update(subject.labels.cpu().long().numpy().tobytes())
-    return digest.hexdigest()
+        data = fingerprint(subject.story, subject.columns)
+    tensors = [*subject.story.state_dict().values(), *([] if subject.labels is None else [subject.labels])]
+    words = f"{ppl_vae.__version__} {subject.seed} {data} {checkpoint.fingerprint(tensors)}"
+    return hashlib.sha256(words.encode()).hexdigest()
 
 
 def _sorted_out(found: dict[str, xr.Dataset]) -> Diagnosis:

@@ -63,8 +63,7 @@ def guide_quality(
     >>> quality["pareto_k"].shape, quality.attrs["threshold"]
     ((10,), 0.5)
     """
-    if num_particles < 2:
-        raise ValueError(f"num_particles must be at least 2; found {num_particles}.")
+    checks.check_at_least(2, num_particles=num_particles)
     checks.dry_run(story, *columns)
     with traces.scoring(story):
         joint = joint_of(story, columns)

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributions import transforms
 
 from ppl_vae import checks, noise, traces
+from ppl_vae.diagnostics.collapse import ACTIVE
 from ppl_vae.discrete import Assignments, tell
 from ppl_vae.evidence import sharing
 from ppl_vae.evidence.joint import Joint, LatentSpace, coordinate_names, joint_of
@@ -38,7 +39,6 @@ ROWS_COMPARED = 2  # of every value of the discrete latents; a prior that is the
 PROBES = (0.158655254, 0.5, 0.841344746)  # a standard deviation below, the middle, and one above
 INHABITED = 0.05  # of the density that the prior has there
 AMBIGUOUS = 0.5  # bits
-ACTIVE = 0.01  # of the prior's variance
 
 FIRST_HALF_WIDTH = 7.0  # prior standard deviations
 FIRST_SIZE, ZOOM_SIZE, MOST_ZOOMS = 121, 61, 12
@@ -117,8 +117,8 @@ def atlas(
     (('row', 'column', 'label'), (4, 4, 2))
     """
     checks.check_columns(checks.column_names(story, columns), columns)
-    _check_at_least("size", size, 2)
-    _check_at_least("num_nearest", num_nearest, 1)
+    checks.check_at_least(2, size=size)
+    checks.check_at_least(1, num_nearest=num_nearest)
     numbers = None if labels is None else _check_labels(labels, len(columns[0]))
     with traces.scoring(story):
         view = _view(story, columns, "The atlas")
@@ -207,7 +207,7 @@ def landscape(
     (('up', 'across'), True)
     """
     checks.dry_run(story, *columns)
-    _check_at_least("size", size, 11)
+    checks.check_at_least(11, size=size)
     row = _row(columns, observation)
     with traces.scoring(story):
         view = _view(story, columns, "The landscape", row)
@@ -285,7 +285,7 @@ def traversals(
     (3, 7, 5)
     """
     checks.check_columns(checks.column_names(story, columns), columns)
-    _check_at_least("num_steps", num_steps, 2)
+    checks.check_at_least(2, num_steps=num_steps)
     if not 0 < reach < 1:
         raise ValueError(f"reach is a share of the prior between 0 and 1; found {reach:g}.")
     row = _row(columns, observation or 0)
@@ -381,7 +381,7 @@ def interpolation(
     (2, 7)
     """
     checks.dry_run(story, *columns)
-    _check_at_least("num_steps", num_steps, 2)
+    checks.check_at_least(2, num_steps=num_steps)
     ends = [_row(columns, number) for number in (first, second)]
     both = tuple(torch.cat(pair) for pair in zip(*ends, strict=True))
     with traces.scoring(story):
@@ -896,11 +896,6 @@ def _with_moments(dataset: xr.Dataset) -> xr.Dataset:
 
 
 # Arguments and results
-
-
-def _check_at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}; found {value}.")
 
 
 def _refuse_other_than_two(view: View, what: str) -> None:

@@ -117,8 +117,7 @@ def outliers(
     """
     if not 0 < false_discovery_rate < 1:
         raise ValueError(f"false_discovery_rate lies between 0 and 1; found {false_discovery_rate}.")
-    if num_simulated < 2 * SMALLEST_TAIL:
-        raise ValueError(f"num_simulated must be at least {2 * SMALLEST_TAIL}; found {num_simulated}.")
+    checks.check_at_least(2 * SMALLEST_TAIL, num_simulated=num_simulated)
     checks.dry_run(story, *columns)
     if evidence is not None:
         _refuse_other_data(story, columns, evidence)

@@ -110,8 +110,7 @@ def predictive_check(
     """
     if group not in ("posterior", "prior"):
         raise ValueError(f"group must be 'posterior' or 'prior'; found {group!r}.")
-    if num_draws < 2:
-        raise ValueError(f"num_draws must be at least 2; found {num_draws}.")
+    checks.check_at_least(2, num_draws=num_draws)
     chunks = list(_chunks(story, columns, site, group, seed))
     x = torch.cat([chunk.x for chunk in chunks])
     statistics = default_statistics(x) if statistics is None else statistics
@@ -320,8 +319,8 @@ def pixel_calibration(
     >>> reliability.attrs["expected_calibration_error"] > 0.2 > reliability.attrs["noise_floor"]
     True
     """
-    _at_least_one("num_draws", num_draws)
-    _at_least_one("num_bins", num_bins)
+    checks.check_at_least(1, num_draws=num_draws)
+    checks.check_at_least(1, num_bins=num_bins)
     _at_least_two_observations(columns)
     parts = []
     for chunk in _bar(_chunks(story, columns, site, "posterior", seed), "calibration", progress, _num_chunks(columns)):
@@ -491,7 +490,7 @@ def coverage(
         raise ValueError(f"group must be 'posterior' or 'prior'; found {group!r}.")
     if not levels or not all(0 < level < 1 for level in levels):
         raise ValueError(f"levels lie between 0 and 1; found {list(levels)}.")
-    _at_least_one("num_draws", num_draws)
+    checks.check_at_least(1, num_draws=num_draws)
     _at_least_two_observations(columns)
     ordered = sorted(set(map(float, levels)))
     event_shape, parts = torch.Size(), []
@@ -823,11 +822,6 @@ def _side_by_side(values: Sequence[Tensor], x: Tensor) -> Tensor:
 
 def _bar(iterable: Any, what: str, progress: bool | None, total: int | None = None) -> Any:
     return tqdm(iterable, desc=what, total=total, disable=None if progress is None else not progress)
-
-
-def _at_least_one(name: str, number: int) -> None:
-    if number < 1:
-        raise ValueError(f"{name} must be at least 1; found {number}.")
 
 
 def _at_least_two_observations(columns: Columns) -> None:

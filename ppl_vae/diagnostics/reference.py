@@ -98,10 +98,10 @@ def reference_posterior(
     >>> reference["z"].dims, reference["z"].shape
     (('chain', 'draw', 'observation', 'z_dim_0'), (4, 50, 3, 2))
     """
-    _at_least(2, num_chains=num_chains)
-    _at_least(1, num_leapfrog=num_leapfrog, thinning=thinning)
-    _at_least(4, num_draws=num_draws)
-    _at_least(SHORTEST_WARMUP, num_warmup=num_warmup)
+    checks.check_at_least(2, num_chains=num_chains)
+    checks.check_at_least(1, num_leapfrog=num_leapfrog, thinning=thinning)
+    checks.check_at_least(4, num_draws=num_draws)
+    checks.check_at_least(SHORTEST_WARMUP, num_warmup=num_warmup)
     checks.dry_run(story, *columns)
     settings = _Settings(num_chains, num_draws, num_warmup, num_leapfrog, thinning)
     with traces.scoring(story):
@@ -405,9 +405,9 @@ def nuts(
         ValueError: when there is no such observation, a setting is out of range, or the story has a discrete latent or
             no gradient.
     """
-    _at_least(2, num_chains=num_chains)
-    _at_least(1, num_warmup=num_warmup)
-    _at_least(4, num_draws=num_draws)
+    checks.check_at_least(2, num_chains=num_chains)
+    checks.check_at_least(1, num_warmup=num_warmup)
+    checks.check_at_least(4, num_draws=num_draws)
     checks.dry_run(story, *columns)
     if not 0 <= observation < len(columns[0]):
         raise ValueError(f"observation must be between 0 and {len(columns[0]) - 1}; found {observation}.")
@@ -470,7 +470,7 @@ def guide_draws(
     Raises:
         ValueError: when the number of draws is out of range, or no latent is continuous.
     """
-    _at_least(2, num_draws=num_draws)
+    checks.check_at_least(2, num_draws=num_draws)
     checks.dry_run(story, *columns)
     with traces.scoring(story):
         joint = joint_of(story, columns)
@@ -602,12 +602,6 @@ def _of_trusted(table: xr.Dataset) -> dict[str, float | int]:
 
 
 # What does not apply
-
-
-def _at_least(smallest: int, **arguments: int) -> None:
-    for name, value in arguments.items():
-        if value < smallest:
-            raise ValueError(f"{name} must be at least {smallest}; found {value}.")
 
 
 def _space(joint: Joint) -> LatentSpace:

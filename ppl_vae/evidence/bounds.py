@@ -110,8 +110,7 @@ def evidence_bounds(
     """
     if isinstance(method, str) and method not in METHODS:
         raise ValueError(f"Unknown method {method!r}; choose one of {', '.join(map(repr, METHODS))}.")
-    if num_observations < 1:
-        raise ValueError(f"num_observations must be at least 1; found {num_observations}.")
+    checks.check_at_least(1, num_observations=num_observations)
     chosen = METHODS[method] if isinstance(method, str) else method
     if num_particles is not None and num_particles < 1:
         raise ValueError(f"num_particles must be at least 1; found {num_particles}.")

@@ -45,8 +45,7 @@ def convergence(
     """
     if isinstance(method, str) and method not in METHODS:
         raise ValueError(f"Unknown method {method!r}; choose one of {', '.join(map(repr, METHODS))}.")
-    if num_particles < 1:
-        raise ValueError(f"num_particles must be at least 1; found {num_particles}.")
+    checks.check_at_least(1, num_particles=num_particles)
     chosen = METHODS[method] if isinstance(method, str) else method
     if device is not None:
         story.to(traces.device_named(device))

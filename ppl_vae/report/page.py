@@ -3,7 +3,7 @@
 import base64
 import io
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata, resources
@@ -182,36 +182,18 @@ def _diagnosed(account: Account, name: str) -> Section:
         missing = account.diagnosis.unavailable.get(name, "Not computed.")
         return Section(name, title, question, missing=missing)
     table = account.diagnosis[name]
+    own = findings(Diagnosis({name: table}, {}))
     with of_diagnosis(name):
-        return _told(account, name, table)
+        drawn = [(draw(account, table), caption) for draw, caption in PICTURES[name]]
+        figures = [picture(figure, caption) for figure, caption in drawn if figure is not None]
+        atlas = _living(account, table) if name == "atlas" else None
+        facts = _evidence_facts(table) if name == "evidence" else {}
+    return Section(name, title, question, findings=own, figures=figures, atlas=atlas, facts=facts)
 
 
-def _told(account: Account, name: str, table: xr.Dataset) -> Section:
-    title, question = QUESTIONS[name]
-    own = [finding for finding in findings(account.diagnosis) if finding.section == name]
-    figures = list(_drawn(account, name, table))
-    living = None
-    if name == "atlas" and plots.are_images(account.columns[0]):
-        living = living_atlas(table, account.columns[0], account.label_names)
-    return Section(
-        name, title, question, findings=own, figures=figures, atlas=living, facts=FACTS.get(name, _none)(table)
-    )
-
-
-def _drawn(account: Account, name: str, table: xr.Dataset) -> Iterator[Picture]:
-    """The pictures of a section; those of images only where there are images."""
-    images = plots.are_images(account.columns[0])
-    for draw, caption in PICTURES[name]:
-        if images or draw not in OF_IMAGES:
-            yield picture(draw(account, table), caption)
-    if name == "atlas" and "entropy" in table:
-        yield picture(
-            plots.entropy_map(table), "Where the label is open, an observation may become one of another kind."
-        )
-
-
-def _none(table: xr.Dataset) -> dict[str, str]:
-    return {}
+def _living(account: Account, table: xr.Dataset) -> dict[str, Any] | None:
+    x = account.columns[0]
+    return living_atlas(table, x, account.label_names) if plots.are_images(x) else None
 
 
 def _evidence_facts(table: xr.Dataset) -> dict[str, str]:
@@ -225,9 +207,7 @@ def _evidence_facts(table: xr.Dataset) -> dict[str, str]:
     }
 
 
-FACTS: dict[str, Callable[[xr.Dataset], dict[str, str]]] = {"evidence": _evidence_facts}
-
-# Section: title, and what it asks. Those without numbers of their own are read with the section before.
+# Section: title, and what it asks.
 QUESTIONS = {
     "evidence": ("Evidence", "How probable are the held-out observations, and how far can each number be believed?"),
     "guide": ("The guide as a proposal", "Do its draws cover the posterior, observation by observation?"),
@@ -245,15 +225,25 @@ QUESTIONS = {
     "traversals": ("Traversals", "What does each latent do?"),
 }
 
-Draw = Callable[[Account, xr.Dataset], Figure]
+# Draws a table of an account; None where there is nothing to draw.
+Draw = Callable[[Account, xr.Dataset], Figure | None]
 
 
 def _of_table(draw: Callable[[xr.Dataset], Figure]) -> Draw:
     return lambda account, table: draw(table)
 
 
-def _worst(account: Account, table: xr.Dataset) -> Figure:
-    return plots.worst_observations(table, account.columns[0])
+def _worst(account: Account, table: xr.Dataset) -> Figure | None:
+    x = account.columns[0]
+    return plots.worst_observations(table, x) if plots.are_images(x) else None
+
+
+def _atlas(account: Account, table: xr.Dataset) -> Figure | None:
+    return plots.atlas(table) if plots.are_images(account.columns[0]) else None
+
+
+def _entropy_map(account: Account, table: xr.Dataset) -> Figure | None:
+    return plots.entropy_map(table) if "entropy" in table else None
 
 
 def _outliers(account: Account, table: xr.Dataset) -> Figure:
@@ -291,9 +281,10 @@ PICTURES: dict[str, list[tuple[Draw, str]]] = {
     "reliability": [(_of_table(plots.pixel_calibration), "On the diagonal, probabilities are what they say.")],
     "coverage": [(_of_table(plots.coverage), "On the diagonal, intervals hold what they say.")],
     "outliers": [(_outliers, "log p(x) of the data against that of simulated observations; the oddest on the right.")],
-    "atlas": [(_of_table(plots.atlas), "The same, still. Left what is decoded, right where observations are encoded.")],
+    "atlas": [
+        (_atlas, "The same, still. Left what is decoded, right where observations are encoded."),
+        (_entropy_map, "Where the label is open, an observation may become one of another kind."),
+    ],
     "landscape": [(_of_table(plots.landscape), "Filled: the posterior, by quadrature. Ellipses: the guide.")],
     "traversals": [(_of_table(plots.traversals), "One latent at a time, the most active first.")],
 }
-
-OF_IMAGES: tuple[Draw, ...] = (_worst, PICTURES["atlas"][0][0])

@@ -3,7 +3,6 @@
 Noise and order are functions of the seed and the number of a batch, so no generator is kept.
 """
 
-import hashlib
 import re
 import signal
 import threading
@@ -153,15 +152,6 @@ def environment(device: torch.device) -> dict[str, str]:
     """What bits depend on beside the training itself."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     return checkpoint.versions() | {"device": f"{device.type} ({name})", "threads": str(torch.get_num_threads())}
-
-
-def fingerprint(columns: tuple[Tensor, ...]) -> str:
-    """A hash of training data."""
-    digest = hashlib.sha256()
-    for column in columns:
-        digest.update(f"{column.dtype} {tuple(column.shape)}".encode())
-        digest.update(column.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 # Reading

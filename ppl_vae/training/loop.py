@@ -18,7 +18,7 @@ from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor
 from tqdm import tqdm
 
-from ppl_vae import checks, discrete, noise, objectives, traces
+from ppl_vae import checkpoint, checks, discrete, noise, objectives, traces
 from ppl_vae.capture import CaptureError
 from ppl_vae.checks import Transform
 from ppl_vae.memory import within_memory
@@ -27,7 +27,7 @@ from ppl_vae.objectives import FreeBitsELBO, SummedOutELBO
 from ppl_vae.traces import Columns, Story, sample_sites
 from ppl_vae.training.best import Best
 from ppl_vae.training.captured import CapturedEngine
-from ppl_vae.training.checkpoints import Checkpoints, Training, fingerprint, restore
+from ppl_vae.training.checkpoints import Checkpoints, Training, restore
 from ppl_vae.training.history import History, Row
 from ppl_vae.training.steps import Engine, Optimizer, Tally, Task, Tempering
 from ppl_vae.training.svi import SVIEngine
@@ -212,7 +212,7 @@ def _settings(task: Task) -> dict[str, Any]:
     return {
         "seed": task.seed,
         "batch_size": task.batch_size,
-        "data": fingerprint(task.columns),
+        "data": checkpoint.fingerprint(task.columns),
         "loss": type(task.loss).__name__,
         "optimizer": type(task.optimizer).__name__,
         "transform": getattr(transform, "__name__", type(transform).__name__),
