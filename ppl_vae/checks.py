@@ -21,6 +21,7 @@ from torch.distributions import MixtureSameFamily, constraints
 
 from ppl_vae import noise, traces
 from ppl_vae.distributions import Columns, Columnwise, Levels, OpenInterval
+from ppl_vae.stored import pieces
 from ppl_vae.traces import Site, Story, observed_sites, sample_sites
 
 PLATE = "observations"
@@ -184,22 +185,26 @@ def check_columns(names: Sequence[str], columns: Sequence[Tensor]) -> None:
 
 
 def _check_finite(name: str, column: Tensor, masks: list[Tensor]) -> None:
-    bad = ~torch.isfinite(column)
-    for mask in masks:
-        bad &= mask.to(bad.device)
-    if bad.any():
-        num_rows = int(bad.reshape(len(bad), -1).any(1).sum())
+    first, num_rows = "", 0
+    for numbers, (values, *known) in pieces(column, *masks):
+        bad = ~torch.isfinite(values)
+        for mask in known:
+            bad &= mask.to(bad.device)
+        if bad.any():
+            first = first or f"{values[bad][0].item()} in {_first_place(bad, numbers)}"
+            num_rows += int(bad.reshape(len(bad), -1).any(1).sum())
+    if num_rows:
         raise ValueError(
-            f"{name} is {column[bad][0].item()} in {_first_place(bad)} ({num_rows} of {len(bad)} rows are not finite). "
-            "Remove these rows, or tell a story that reads a mask column which values are missing."
+            f"{name} is {first} ({num_rows} of {len(column)} rows are not finite). Remove these rows, or tell a story "
+            "that reads a mask column which values are missing."
         )
 
 
-def _first_place(bad: Tensor, first_row: int = 0, first_column: int = 0) -> str:
-    """Row and column of the first True, in words."""
+def _first_place(bad: Tensor, numbers: Tensor, first_column: int = 0) -> str:
+    """Row, by its number, and column of the first True, in words."""
     row, *position = bad.nonzero()[0].tolist()
     position[:1] = [first_column + column for column in position[:1]]
-    return f"row {first_row + row}" + (f", column {', '.join(map(str, position))}" if position else "")
+    return f"row {numbers[row]}" + (f", column {', '.join(map(str, position))}" if position else "")
 
 
 def _transformed(transform: Transform, name: str, column: Tensor) -> Tensor:
@@ -227,19 +232,19 @@ def _check_support_of_data(
         wholes = [(part, _whole_column_constraint(part.distribution)) for part in _parts(site["fn"])]
         for part, whole in wholes:
             if not scored or whole is None:
-                _check_values(name, part, part.distribution.support, site["value"])
+                _check_values(name, part, part.distribution.support, site["value"], torch.arange(2))
         if not scored:
             continue
         column_name, column = list(columns.items())[scored[0]]
         change = transform if scored[0] == 0 else None
         shown = column_name if change is None else f"transform({column_name})"
-        for first_row in range(0, len(column), ROWS_AT_ONCE):
-            (chunk,) = traces.to_story(story, (column[first_row : first_row + ROWS_AT_ONCE],))
+        for numbers, values in pieces(column, most_rows=ROWS_AT_ONCE):
+            (chunk,) = traces.to_story(story, values)
             if change is not None:
                 chunk = _transformed(change, column_name, chunk)
             for part, whole in wholes:
                 if whole is not None:
-                    _check_values(shown, part, whole, chunk, first_row)
+                    _check_values(shown, part, whole, chunk, numbers)
 
 
 @dataclass(frozen=True)
@@ -286,15 +291,15 @@ def _whole_column_constraint(distribution: dist.TorchDistribution) -> Any:
     return constraint
 
 
-def _check_values(name: str, part: _Part, support: Any, values: Tensor, first_row: int = 0) -> None:
+def _check_values(name: str, part: _Part, support: Any, values: Tensor, numbers: Tensor) -> None:
     if bool((bad := ~torch.isfinite(values)).any()):
         raise ValueError(
-            f"{name} is {values[bad][0].item()} in {_first_place(bad, first_row)}, where the model scores it. Fill "
+            f"{name} is {values[bad][0].item()} in {_first_place(bad, numbers)}, where the model scores it. Fill "
             "missing values (torch.where) before the distribution and mask after it: a mask alone leaves NaN gradients."
         )
     values = part.of(values)
     if bool((bad := ~support.check(values)).any()):
-        family, place = _family(part.distribution), _first_place(bad, first_row, part.first_column)
+        family, place = _family(part.distribution), _first_place(bad, numbers, part.first_column)
         remedy = REMEDIES.get(family.removeprefix(MIXTURE), "Use a likelihood with the support of the data.")
         raise ValueError(
             f"{name} has values between {values.min():.3g} and {values.max():.3g}{part}; {family} is a distribution "

@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_vae.memory import MOST_BYTES_PER_PACKED_BYTE
+from ppl_vae.memory import MOST_BYTES_PER_PACKED_BYTE, within_memory
+from ppl_vae.stored import RowFiles, Stored, read_header, row_slices
 
 Binarization: TypeAlias = Literal["none", "static", "dynamic"]
 Source: TypeAlias = str | os.PathLike[str] | np.ndarray | Tensor | tuple[Any, Any]
@@ -47,7 +48,8 @@ class Split(NamedTuple):
     """The columns of one split, ready for ``fit(story, *split)``.
 
     Attributes:
-        x: observations, shape ``(N, *event)``, float32 or float64.
+        x: observations, shape ``(N, *event)``, float32 or float64; under ``stream=True`` a
+            :class:`~ppl_vae.stored.Stored` column.
         labels: classes ``0 .. C - 1``, int64 of shape ``(N,)``, or None.
     """
 
@@ -103,7 +105,8 @@ class Dataset:
             for column in split:
                 if column is not None:
                     digest.update(f"{name} {column.dtype} {tuple(column.shape)}\n".encode())
-                    digest.update(column.contiguous().numpy().data)
+                    for rows in row_slices(column):
+                        digest.update(column[rows].contiguous().numpy().data)
         return digest.hexdigest()
 
     @property
@@ -121,10 +124,15 @@ class Dataset:
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{name} {len(split.x)}" for name, split in self.splits.items())
-        lows, highs = zip(*(_range(split.x) for split in self.splits.values()), strict=True)
         labels = "no labels" if self.label_names is None else f"{len(self.label_names)} labels"
-        values = f"shape {tuple(self.event_shape)}, values in [{min(lows):g}, {max(highs):g}], {labels}"
-        return f"Dataset({self.name!r}: {sizes}; {values}; binarization {self.binarization}, seed {self.seed})"
+        content = f"shape {tuple(self.event_shape)}, {self._values_in_words()}, {labels}"
+        return f"Dataset({self.name!r}: {sizes}; {content}; binarization {self.binarization}, seed {self.seed})"
+
+    def _values_in_words(self) -> str:
+        if isinstance(self.train.x, Stored):
+            return "values on disk"
+        lows, highs = zip(*(_range(split.x) for split in self.splits.values()), strict=True)
+        return f"values in [{min(lows):g}, {max(highs):g}]"
 
 
 def load(
@@ -139,6 +147,7 @@ def load(
     root: str | os.PathLike[str] | None = None,
     download: bool = False,
     label_column: str | int | None = None,
+    stream: bool = False,
 ) -> Dataset:
     """Loads observations and splits them, by a seed, into train, validation and test.
 
@@ -172,6 +181,12 @@ def load(
             environment variable ``PPL_VAE_DATA``, else ``ppl_vae`` in the user's cache folder.
         download: whether missing files of mnist, fashion-mnist and kmnist may be fetched, by torchvision.
         label_column: name (str) or position (int) of the labels in a table; by default a column called label or labels.
+        stream: leave the observations on disk, for data larger than memory: the splits hold
+            :class:`~ppl_vae.stored.Stored` columns, whose rows are read when they are needed. The source is a path to a
+            ``.npy``, or to a folder of them, whose rows follow each other in the order of the files' names; labels are
+            in files ``labels*.npy`` of the folder, and in memory. All numbers are as without ``stream``, but for the
+            draws of a binarization, which go by the row's number in the source, and the last digits of a
+            standardization. What depends on all numbers, as the fingerprint does, takes a pass over them.
 
     Returns:
         The :class:`Dataset`, on the CPU.
@@ -182,6 +197,7 @@ def load(
         FileNotFoundError: no such file, or a data set that has not been downloaded.
         ConnectionError: the download failed.
         ImportError: an optional package is missing or broken.
+        MemoryError: a ``.npy`` file that does not fit in memory, where ``stream=True`` would.
         TypeError: a source or seed of another type.
 
     Example:
@@ -195,7 +211,7 @@ def load(
     seed = operator.index(seed)
     if binarization not in (None, *get_args(Binarization)):
         raise ValueError(f"binarization must be one of {', '.join(get_args(Binarization))}; found {binarization!r}")
-    name, rows = _read(source, root, download, label_column)
+    name, rows = _open(source, label_column) if stream else _read(source, root, download, label_column)
     binarization = binarization or ("none" if counts else rows.binarization)
     if counts:
         rows = rows._replace(x=_counts(rows.x))
@@ -204,14 +220,14 @@ def load(
     if binarization != "none":
         _check_grey(rows.x)
         splits |= {
-            part: _binarize(split, _generator(seed, f"binarize {part}"))
+            part: _binarize(split, part, seed)
             for part, split in splits.items()
             if binarization == "static" or part != "train"
         }
     standardization = _standardization(splits["train"].x, rows.column_names, standardize) if standardize else None
     if standardization is not None:
-        loc, scale = standardization
-        splits = {part: split._replace(x=(split.x - loc) / scale) for part, split in splits.items()}
+        change = functools.partial(_standardized, *standardization)
+        splits = {part: split._replace(x=_mapped(split.x, change)) for part, split in splits.items()}
     return Dataset(
         name=name,
         **splits,
@@ -222,6 +238,37 @@ def load(
         indices=indices,
         standardization=standardization,
     )
+
+
+def stored(path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> Stored:
+    """Opens a column that stays on disk, for a script of one's own: ``fit(story, data.stored("x.npy"), epochs=10)``.
+
+    Args:
+        path: of a ``.npy`` file, or of a folder of them, whose rows follow each other in the order of their names;
+            files ``labels*.npy`` of a folder are left out.
+        dtype: the type of the numbers, as they are in the file, for instance ``torch.bool`` for a mask or
+            ``torch.int64`` for labels. None is what :func:`load` makes of observations: bytes are scaled by 1/255,
+            float64 stays, all else is float32.
+
+    Returns:
+        The :class:`~ppl_vae.stored.Stored` column, shape ``(N, *event)``.
+
+    Raises:
+        ValueError: another kind of file; one that is damaged, pickled, in Fortran order, or not of real numbers; shards
+            whose rows differ in shape or type.
+        FileNotFoundError: no such file.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     np.save(f"{folder}/x.npy", np.arange(12, dtype=np.uint8).reshape(6, 2))
+        ...     scaled, bytes = stored(f"{folder}/x.npy"), stored(f"{folder}/x.npy", dtype=torch.int64)
+        >>> scaled[4] * 255, bytes[4]
+        (tensor([8., 9.]), tensor([8, 9]))
+    """
+    found = _path_to_open(path)
+    x = Stored.of(RowFiles(found.resolve().name, _shards(found)[0]))
+    return _observations_on_disk(x) if dtype is None else x.to(dtype)
 
 
 # Splitting and binarizing ---------------------------------------------------------------------------------------------
@@ -267,26 +314,60 @@ def _count(size: int | float, total: int, name: str) -> int:
 
 def _generator(seed: int, purpose: str) -> torch.Generator:
     """A stream of its own for each purpose, so that no draw depends on the size of another."""
-    digest = hashlib.sha256(f"{seed} {purpose}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
+    return torch.Generator().manual_seed(_number(seed, purpose, num_bytes=4))
+
+
+def _number(seed: int, purpose: str, num_bytes: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} {purpose}".encode()).digest()[:num_bytes], "big")
 
 
 def _take(rows: _Rows, index: Tensor) -> Split:
-    return Split(rows.x[index], None if rows.labels is None else rows.labels[index])
+    x = rows.x.rows(index) if isinstance(rows.x, Stored) else rows.x[index]
+    return Split(x, None if rows.labels is None else rows.labels[index])
 
 
-def _binarize(split: Split, generator: torch.Generator) -> Split:
-    return split._replace(x=torch.bernoulli(split.x, generator=generator))
+def _mapped(x: Tensor, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """What a function makes of rows and their numbers: now, or when they are read from disk."""
+    return x.map(function) if isinstance(x, Stored) else function(x, torch.arange(len(x)))
+
+
+def _binarize(split: Split, part: str, seed: int) -> Split:
+    if isinstance(split.x, Stored):
+        key = _number(seed, "binarize by row", num_bytes=16)
+        return split._replace(x=split.x.map(functools.partial(_bernoulli_by_row, key)))
+    return split._replace(x=torch.bernoulli(split.x, generator=_generator(seed, f"binarize {part}")))
+
+
+def _bernoulli_by_row(key: int, levels: Tensor, numbers: Tensor) -> Tensor:
+    """Zeros and ones whose noise is a function of key and row number alone: Philox with the number as its counter.
+
+    Salmon, Moraes, Dror & Shaw 2011, https://doi.org/10.1145/2063384.2063405.
+    """
+    philox = np.random.Philox(key=key)
+    state: Any = philox.state
+    width = math.prod(levels.shape[1:])
+    noise = np.empty((len(numbers), (width + 1) // 2), np.uint64)
+    for row, number in enumerate(numbers.tolist()):
+        state["state"]["counter"][:] = 0, number, 0, 0
+        philox.state = state
+        noise[row] = philox.random_raw(noise.shape[1])
+    threshold = levels.reshape(len(levels), width).double().mul_(2**32)
+    are_ones = noise.view(np.uint32)[:, :width] < threshold.numpy()
+    return torch.from_numpy(are_ones).to(levels.dtype).reshape(levels.shape)
 
 
 def _check_grey(x: Tensor) -> None:
-    missing = x.isnan().nonzero()
-    if len(missing):
-        row, *place = missing[0].tolist()
-        raise ValueError(
-            f"x is NaN in row {row}, column {_place(place)}; fill missing values, or use binarization='none'"
-        )
-    low, high = _range(x)
+    low, high = math.inf, -math.inf
+    for rows in row_slices(x):
+        chunk = x[rows]
+        missing = chunk.isnan().nonzero()
+        if len(missing):
+            row, *place = missing[0].tolist()
+            raise ValueError(
+                f"x is NaN in row {rows.start + row}, column {_place(place)}; fill missing values, or use "
+                "binarization='none'"
+            )
+        low, high = min(low, chunk.min().item()), max(high, chunk.max().item())
     if low < 0 or high > 1:
         raise ValueError(
             f"x has values between {low:g} and {high:g}; binarization needs grey levels between 0 and 1. "
@@ -296,12 +377,23 @@ def _check_grey(x: Tensor) -> None:
 
 def _counts(x: Tensor) -> Tensor:
     """The whole numbers that grey levels from 0 to 1 stand for; other numbers as they are."""
-    low, high = _range(x)
-    for most in (1, *GREY_LEVELS):
-        numbers = x * most
-        if low >= 0 and high <= 1 and bool(((numbers - numbers.round()).abs() < LARGEST_ROUNDING).all()):
-            return numbers.round()
-    return x
+    largest = [1, *GREY_LEVELS]
+    for rows in row_slices(x):
+        chunk = x[rows]
+        if not bool(((chunk >= 0) & (chunk <= 1)).all()):
+            return x
+        largest = [most for most in largest if _are_whole(chunk * most)]
+        if not largest:
+            return x
+    return _mapped(x, functools.partial(_whole_numbers, largest[0]))
+
+
+def _are_whole(numbers: Tensor) -> bool:
+    return bool(((numbers - numbers.round()).abs() < LARGEST_ROUNDING).all())
+
+
+def _whole_numbers(largest: int, levels: Tensor, numbers: Tensor) -> Tensor:
+    return (levels * largest).round()
 
 
 def _standardization(
@@ -310,15 +402,49 @@ def _standardization(
     """Mean and standard deviation of the wanted columns, what is missing aside; 0 and 1 for others, and constants."""
     if x.dim() != 2:
         raise ValueError(f"standardize is for tables; the observations have the shape {tuple(x.shape[1:])}")
-    if wanted == "real":
-        chosen = ((x != x.round()) & ~x.isnan()).any(0)
-    else:
+    chosen = torch.zeros(x.shape[1], dtype=torch.bool)
+    if wanted != "real":
         positions = [_column_position(names, x.shape[1], column) for column in wanted]
-        chosen = torch.zeros(x.shape[1], dtype=torch.bool).index_fill(0, torch.tensor(positions), True)
-    loc = x.nanmean(0)
-    scale = (x - loc).square().nanmean(0).sqrt()
-    kept = ~chosen | ~(scale > 0)
+        chosen = chosen.index_fill(0, torch.tensor(positions), True)
+    loc, scale, have_fractions = _moments_on_disk(x.in_file_order()) if isinstance(x, Stored) else _moments(x)
+    kept = ~(have_fractions if wanted == "real" else chosen) | ~(scale > 0)
     return loc.masked_fill(kept, 0.0), scale.masked_fill(kept, 1.0)
+
+
+class _Moments(NamedTuple):
+    """Mean and standard deviation of each column of a table, missing values aside, and which hold fractions."""
+
+    loc: Tensor
+    scale: Tensor
+    have_fractions: Tensor
+
+
+def _moments(x: Tensor) -> _Moments:
+    loc = x.nanmean(0)
+    return _Moments(loc, (x - loc).square().nanmean(0).sqrt(), _have_fractions(x))
+
+
+def _moments_on_disk(x: Stored) -> _Moments:
+    """The same in one pass; Chan, Golub & LeVeque 1983, https://doi.org/10.1080/00031305.1983.10483115."""
+    count, loc, squares = torch.zeros(3, x.shape[1], dtype=torch.float64)
+    have_fractions = torch.zeros(x.shape[1], dtype=torch.bool)
+    for rows in row_slices(x):
+        chunk = x[rows].double()
+        have_fractions |= _have_fractions(chunk)
+        present, mean = (~chunk.isnan()).sum(0), chunk.nanmean(0).nan_to_num(0.0, torch.inf, -torch.inf)
+        share = present / (count + present).clamp(min=1)
+        squares += (chunk - mean).square().nansum(0) + (mean - loc).square() * count * share
+        loc += (mean - loc) * share
+        count += present
+    return _Moments((loc * count / count).to(x.dtype), (squares / count).sqrt().to(x.dtype), have_fractions)
+
+
+def _have_fractions(x: Tensor) -> Tensor:
+    return ((x != x.round()) & ~x.isnan()).any(0)
+
+
+def _standardized(loc: Tensor, scale: Tensor, values: Tensor, numbers: Tensor) -> Tensor:
+    return (values - loc) / scale
 
 
 def _column_position(names: tuple[str, ...] | None, width: int, column: str | int) -> int:
@@ -584,8 +710,11 @@ def _idx_shape(content: IO[bytes] | gzip.GzipFile, num_sizes: int) -> tuple[int,
 
 def _read_npy(path: Path) -> _Rows:
     where = repr(str(path))
-    with path.open("rb") as file:
-        return _Rows(_observations(_read_array(file, path.stat().st_size, where), where))
+    try:
+        with path.open("rb") as file, within_memory(where):
+            return _Rows(_observations(_read_array(file, path.stat().st_size, where), where))
+    except MemoryError as error:
+        raise MemoryError(f"{where} does not fit in memory; leave it on disk by stream=True (--stream)") from error
 
 
 def _read_npz(path: Path) -> _Rows:
@@ -620,30 +749,75 @@ def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, where: str, 
 
 def _read_array(file: IO[bytes], size: int, where: str) -> np.ndarray:
     """An array in numpy's format, once its header agrees with the ``size`` of the file in bytes."""
-    shape, dtype = _array_header(file, where)
-    if dtype.hasobject:
-        raise ValueError(
-            f"{where} holds pickled Python objects; such a file can run code and is never unpickled. "
-            "Save plain numbers, for instance x.astype('float32')"
-        )
-    expected, found = math.prod(shape) * dtype.itemsize, size - file.tell()
-    if expected != found or min(shape, default=0) < 0:
-        raise ValueError(
-            f"{where} is truncated or damaged: {found} bytes of values, expected {expected} for {shape} {dtype}"
-        )
+    read_header(file, size, where)
     file.seek(0)
     return np.lib.format.read_array(file, allow_pickle=False)
 
 
-def _array_header(file: IO[bytes], where: str) -> tuple[tuple[int, ...], np.dtype]:
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    try:
-        shape, _, dtype = readers[np.lib.format.read_magic(file)](file)
-    except (zipfile.BadZipFile, zlib.error):
-        raise
-    except Exception as error:  # numpy parses the header as Python literals, which can fail in many ways
-        raise ValueError(f"{where} is not a .npy array, or its header is damaged") from error
-    return shape, dtype
+# Arrays that stay on disk ---------------------------------------------------------------------------------------------
+
+
+def _open(source: Source, label_column: str | int | None) -> tuple[str, _Rows]:
+    """The source's name, and its rows, which stay where they are; labels are read."""
+    path = _path_to_open(source)
+    if label_column is not None:
+        raise ValueError(f"label_column names a column of a .csv or .parquet file; {str(path)!r} is neither")
+    name, (files, label_files) = path.resolve().name, _shards(path)
+    x = _observations_on_disk(Stored.of(RowFiles(name, files)))
+    return name, _labelled(x, _labels_in(label_files), f"labels in {str(path)!r}")
+
+
+def _path_to_open(source: Source) -> Path:
+    if isinstance(source, os.PathLike) or (isinstance(source, str) and source not in _NAMED):
+        path = _find(os.fspath(source))
+        if path.is_dir() or (path.is_file() and path.suffix.lower() == ".npy"):
+            return path
+    found = repr(os.fspath(source)) if isinstance(source, str | os.PathLike) else f"a {type(source).__name__}"
+    raise ValueError(
+        f"only a .npy file, or a folder of them, can stay on disk; found {found}. Save it by numpy.save(path, x), or "
+        "leave stream=True (--stream) out"
+    )
+
+
+def _shards(path: Path) -> tuple[list[Path], list[Path]]:
+    """The ``.npy`` files of observations and those of labels, sorted by name."""
+    if path.is_file():
+        return [path], []
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() == ".npy" and file.name[0] != ".")
+    for file in files:
+        _check_inside(file, path)
+        if not file.is_file():
+            raise ValueError(f"{str(file)!r} is no file; expected a .npy array")
+    labels = [file for file in files if file.name.startswith("labels")]
+    if len(labels) == len(files):
+        raise ValueError(
+            f"{str(path)!r} holds no .npy files of observations to leave on disk; write some by numpy.save"
+        )
+    return [file for file in files if not file.name.startswith("labels")], labels
+
+
+def _labels_in(files: Sequence[Path]) -> np.ndarray | None:
+    """One after the other; None where there are no files."""
+    parts = []
+    for path in files:
+        with path.open("rb") as file:
+            parts.append(_read_array(file, path.stat().st_size, repr(str(path))))
+        if parts[-1].ndim != 1:
+            raise ValueError(f"{str(path)!r} must be one class per row; found shape {parts[-1].shape}")
+    return np.concatenate(parts) if parts else None
+
+
+def _observations_on_disk(x: Stored) -> Stored:
+    """What :func:`_observations` makes of numbers in memory; bytes are read until one is no zero and no one."""
+    if x.dtype != torch.uint8:
+        return x if x.dtype == torch.float64 else x.to(torch.float32)
+    largest = 1 if all(bool((x[rows] <= 1).all()) for rows in row_slices(x)) else 255
+    return x.map(functools.partial(_grey_levels, largest))
+
+
+def _grey_levels(largest: int, values: Tensor, numbers: Tensor) -> Tensor:
+    images = (values.unsqueeze(1) if values.dim() == 3 else values).float()
+    return images if largest == 1 else images.div_(largest)
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------

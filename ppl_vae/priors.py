@@ -256,7 +256,9 @@ class VampPrior(nn.Module):
         self.bounds = None if low is None or high is None else (low, high)
         if (low, high) != (None, None) and not (self.bounds and self.bounds[0] < self.bounds[1]):
             raise ValueError(f"Pseudo-inputs lie between two bounds, or have none; found low={low} and high={high}.")
-        self.unbounded = nn.Parameter(self._to_unbounded(pseudo_inputs.detach().clone()))
+        self.unbounded = nn.Parameter(
+            self._to_unbounded(pseudo_inputs.detach().clone(memory_format=torch.contiguous_format))
+        )
         self.register_buffer("even", torch.zeros(len(pseudo_inputs)))
 
     @property

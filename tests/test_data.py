@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from ppl_vae import data
+from ppl_vae.stored import Stored
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 PARTS = ("train", "validation", "test")
@@ -1048,3 +1049,180 @@ def test_importing_the_module_imports_nothing_heavy_besides_torch():
     code = f"import sys, ppl_vae.data; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# Observations that stay on disk ---------------------------------------------------------------------------------------
+
+
+def whole(x):
+    """All rows of a column on disk."""
+    return x[0 : len(x)]
+
+
+def on_disk(tmp_path, x, labels=None):
+    """Rows in two shards and their labels in two files."""
+    for part, rows in (("1", slice(0, 15)), ("2", slice(15, None))):
+        np.save(tmp_path / f"part-{part}.npy", x[rows])
+        if labels is not None:
+            np.save(tmp_path / f"labels-{part}.npy", np.asarray(labels)[rows])
+    return tmp_path
+
+
+BYTES = np.random.default_rng(3).integers(0, 256, (40, 5, 4)).astype(np.uint8)
+SOURCES = {
+    "float32": np.random.default_rng(0).random((40, 3)).astype(np.float32),
+    "float64": np.random.default_rng(0).random((40, 3)),
+    "grey images": BYTES,
+    "binary images": BYTES % 2,
+    "colour images": np.stack([BYTES] * 3, axis=1),
+    "whole numbers": BYTES.astype(np.int64),
+}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_splits_on_disk_are_those_in_memory(tmp_path, kind):
+    labels = ["a", "b", "c", "d"] * 10
+    options = {"binarization": "none", "seed": 4, "validation": 7}
+    streamed = data.load(on_disk(tmp_path, SOURCES[kind], labels), stream=True, **options)
+    memory = data.load((SOURCES[kind], labels), **options)
+    for part in PARTS:
+        assert isinstance(streamed.splits[part].x, Stored)
+        assert streamed.splits[part].x.dtype == memory.splits[part].x.dtype
+        assert torch.equal(whole(streamed.splits[part].x), memory.splits[part].x)
+        assert torch.equal(streamed.splits[part].labels, memory.splits[part].labels)
+        assert torch.equal(streamed.indices[part], memory.indices[part])
+    assert streamed.label_names == memory.label_names and streamed.event_shape == memory.event_shape
+    assert streamed.record == memory.record | {"name": tmp_path.name}
+
+
+def test_a_single_file_on_disk_is_that_in_memory(tmp_path, x):
+    np.save(tmp_path / "x.npy", x)
+    streamed, memory = data.load(tmp_path / "x.npy", stream=True), data.load(tmp_path / "x.npy")
+    assert streamed.record == memory.record and streamed.train.labels is None
+
+
+@pytest.mark.parametrize("levels", [1, 16, 255])
+def test_counts_on_disk_are_those_in_memory(tmp_path, levels):
+    grey = np.random.default_rng(0).integers(0, levels + 1, (40, 3)).astype(np.float32)
+    grey[0, :2] = 0, levels
+    np.save(tmp_path / "x.npy", grey / levels)
+    streamed = data.load(tmp_path / "x.npy", counts=True, stream=True)
+    assert torch.equal(whole(streamed.train.x), torch.from_numpy(grey)[streamed.indices["train"]])
+
+
+@pytest.mark.parametrize("number", [0.3, 1.5, -0.1, np.nan])
+def test_numbers_on_disk_that_are_no_grey_levels_are_no_counts(tmp_path, number):
+    x = np.full((40, 3), 1.0, np.float32)
+    x[30, 2] = number
+    np.save(tmp_path / "x.npy", x)
+    streamed = data.load(tmp_path / "x.npy", counts=True, stream=True)
+    assert np.array_equal(whole(streamed.train.x.all_rows()).numpy(), x, equal_nan=True)
+
+
+@pytest.mark.parametrize("standardize", ["real", [0, 2]])
+def test_standardized_columns_on_disk_have_mean_0_and_deviation_1_in_train(tmp_path, standardize):
+    x = np.random.default_rng(0).normal(1e3, 5.0, (300_000, 4))
+    x[:, 1] = np.round(x[:, 1])
+    x[::7, 0] = np.nan
+    x[:, 3] = np.nan if standardize == "real" else 4.0
+    np.save(tmp_path / "x.npy", x)
+    streamed = data.load(tmp_path / "x.npy", standardize=standardize, stream=True)
+    train = whole(streamed.train.x).numpy()
+    assert np.allclose(np.nanmean(train[:, [0, 2]], 0), 0, atol=1e-9)
+    assert np.allclose(np.nanstd(train[:, [0, 2]], 0), 1, atol=1e-9)
+    assert np.array_equal(train[:, [1, 3]], x[streamed.indices["train"]][:, [1, 3]], equal_nan=True)
+    memory = data.load(tmp_path / "x.npy", standardize=standardize)
+    assert np.allclose(whole(streamed.test.x), memory.test.x, rtol=1e-9, atol=1e-9, equal_nan=True)
+
+
+@pytest.fixture
+def grey(tmp_path):
+    """A file of 400 rows of 100 grey levels."""
+    np.save(tmp_path / "grey.npy", np.random.default_rng(0).random((400, 100)).astype(np.float32))
+    return tmp_path / "grey.npy"
+
+
+def test_pixels_drawn_on_disk_do_not_depend_on_the_order_of_reading(grey):
+    x = data.load(grey, binarization="static", stream=True).train.x
+    order = torch.randperm(len(x))
+    assert torch.equal(x[order], whole(x)[order])
+    assert torch.equal(torch.stack([x[row] for row in range(len(x))]), whole(x))
+
+
+def test_pixels_drawn_on_disk_follow_the_seed_and_the_row_in_the_source(grey):
+    def drawn(**options):
+        dataset = data.load(grey, binarization="static", stream=True, **options)
+        return whole(dataset.train.x.all_rows())
+
+    assert torch.equal(drawn(), drawn(validation=0.5))
+    assert not torch.equal(drawn(), drawn(seed=1))
+
+
+def test_pixels_drawn_on_disk_are_what_they_have_always_been(tmp_path):
+    """The fingerprints of runs stand on them."""
+    np.save(tmp_path / "x.npy", np.full((3, 8), 0.5))
+    drawn = whole(data.load(tmp_path / "x.npy", binarization="static", stream=True).train.x.all_rows())
+    assert drawn.tolist() == [[0, 0, 1, 0, 1, 0, 1, 1], [0, 1, 0, 0, 1, 1, 0, 0], [1, 0, 1, 1, 0, 0, 1, 0]]
+
+
+def test_held_out_pixels_on_disk_are_the_same_under_static_and_dynamic(grey):
+    static, dynamic = (data.load(grey, binarization=how, stream=True) for how in ("static", "dynamic"))
+    assert torch.equal(whole(static.test.x), whole(dynamic.test.x))
+    assert torch.equal(whole(static.validation.x), whole(dynamic.validation.x))
+    assert torch.equal(whole(dynamic.train.x), data.load(grey).train.x)
+    assert set(whole(static.train.x).unique().tolist()) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_grey_level_on_disk_is_the_probability_of_a_one(tmp_path, dtype):
+    n, levels = 40_000, np.array([0.0, 0.2, 0.9, 1.0, 0.5], dtype=dtype)
+    np.save(tmp_path / "x.npy", np.tile(levels, (n, 1)))
+    mean = whole(data.load(tmp_path / "x.npy", binarization="static", stream=True).train.x.all_rows()).double().mean(0)
+    assert mean[0] == 0 and mean[3] == 1
+    assert bool(((mean - torch.from_numpy(levels)).abs() <= 5 * torch.tensor(levels * (1 - levels) / n).sqrt()).all())
+
+
+def test_pixels_drawn_on_disk_are_independent_within_and_between_rows(tmp_path):
+    np.save(tmp_path / "x.npy", np.full((4000, 21), 0.5, np.float32))
+    drawn = whole(data.load(tmp_path / "x.npy", binarization="static", stream=True).train.x.all_rows()).double()
+    between = torch.cat([drawn[:-1], drawn[1:]], dim=1)
+    correlations = torch.corrcoef(between.T)[~torch.eye(42, dtype=torch.bool)]
+    assert correlations.abs().max() < 6 / 4000**0.5
+
+
+def test_binarizing_what_is_no_grey_level_on_disk_is_refused(tmp_path):
+    x = np.full((300_000, 2), 0.5, np.float32)
+    np.save(tmp_path / "x.npy", x)
+    x[299_999, 1] = 1.5
+    np.save(tmp_path / "high.npy", x)
+    x[299_999, 1] = np.nan
+    np.save(tmp_path / "missing.npy", x)
+    assert data.load(tmp_path / "x.npy", binarization="dynamic", stream=True).binarization == "dynamic"
+    message = refusal(ValueError, tmp_path / "high.npy", binarization="dynamic", stream=True)
+    assert "values between 0.5 and 1.5" in message and "binarization='none'" in message
+    assert "row 299999, column 1" in refusal(ValueError, tmp_path / "missing.npy", binarization="static", stream=True)
+
+
+def test_a_data_set_on_disk_says_so_and_reads_nothing_to_be_shown(tmp_path, x):
+    np.save(tmp_path / "x.npy", x)
+    dataset = data.load(tmp_path / "x.npy", stream=True)
+    os.truncate(tmp_path / "x.npy", 128)
+    assert "train 28, validation 4, test 8; shape (3,), values on disk, no labels" in repr(dataset)
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (np.zeros(39), "length 39 and x has length 40"),
+        (np.zeros((40, 1)), "one class per row; found shape"),
+        (np.array([None] * 40), "never unpickled"),
+        (np.full(40, 0.5), "integers or strings"),
+    ],
+)
+def test_labels_on_disk_that_are_no_classes_are_refused(tmp_path, x, labels, words):
+    assert words in refusal(ValueError, on_disk(tmp_path, x, labels), stream=True)
+
+
+def test_a_label_column_of_files_on_disk_is_refused(tmp_path, x):
+    message = refusal(ValueError, on_disk(tmp_path, x), stream=True, label_column=0)
+    assert "label_column names a column of a .csv or .parquet file" in message
