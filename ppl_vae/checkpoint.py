@@ -21,6 +21,7 @@ from torch import Tensor
 
 import ppl_vae
 from ppl_vae import configuration, traces
+from ppl_vae.stored import row_slices
 from ppl_vae.traces import Story
 
 FORMAT = "ppl_vae/checkpoint/1"
@@ -29,7 +30,6 @@ FORMAT = "ppl_vae/checkpoint/1"
 BEFORE_CHECKSUM = rb"{\"sha256\": \""
 BLANK = "0" * 64
 BYTES_AT_ONCE = 2**20
-ROWS_AT_ONCE = 4096
 
 OF_STORY = "story/"
 
@@ -78,8 +78,7 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        for first in range(0, len(tensor) if tensor.dim() else 1, ROWS_AT_ONCE):
-            rows = tensor[first : first + ROWS_AT_ONCE] if tensor.dim() else tensor
+        for rows in [tensor] if not tensor.dim() else (tensor[part] for part in row_slices(tensor)):
             digest.update(rows.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

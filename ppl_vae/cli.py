@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import Field, fields
 from datetime import datetime
 from functools import partial
@@ -39,18 +39,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     # Threads that wait should soon sleep: where other programs want the cores, spinning makes a step 10 times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "50000")
-    try:
-        options.command(options)
-    except EXPECTED_ERRORS as error:
-        print(f"ppl-vae: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
-        return 1
-    except Interrupted as interruption:
-        print(f"ppl-vae: {interruption}", file=sys.stderr)
-        return interruption.status
-    except KeyboardInterrupt:
-        print("ppl-vae: interrupted", file=sys.stderr)
-        return 130
+    with _one_voice() as name:
+        try:
+            options.command(options)
+        except EXPECTED_ERRORS as error:
+            print(f"{name}: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+            return 1
+        except Interrupted as interruption:
+            print(f"{name}: {interruption}", file=sys.stderr)
+            return interruption.status
+        except KeyboardInterrupt:
+            print(f"{name}: interrupted", file=sys.stderr)
+            return 130
     return 0
+
+
+@contextmanager
+def _one_voice() -> Iterator[str]:
+    """Inside, only the first process of a ``torchrun`` prints results; gives the name under which errors are told."""
+    rank = os.environ.get("RANK", "0") if "LOCAL_RANK" in os.environ else "0"
+    if rank == "0":
+        yield "ppl-vae"
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        yield f"ppl-vae, process {rank}"
 
 
 class Interrupted(BaseException):
@@ -250,8 +262,9 @@ def _train(options: argparse.Namespace) -> None:
     source = None if options.story is None else StoryFile.parse(options.story)
     folder = options.out or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
 
-    from ppl_vae import runs  # imports torch, seconds
+    from ppl_vae import ranks, runs  # imports torch, seconds
 
+    folder = Path(ranks.here().said_by_first(str(folder)))
     runs.refuse_used(folder)
     if source is not None:
         dataset = runs.load_data(data, "grey", training.seed)

@@ -792,6 +792,7 @@ class DataConfiguration:
         (), "columns of a table to give mean 0 and deviation 1, by name; real is all that are not whole numbers", words
     )
     with_labels: bool = option(False, "hand the labels to the story as its second column (with --story)")
+    stream: bool = option(False, "leave the observations of a .npy, or of a folder of them, on disk, and read batches")
 
     def __post_init__(self) -> None:
         if self.binarization not in ("auto", "none", "static", "dynamic"):
@@ -814,12 +815,13 @@ class TrainingConfiguration:
     patience: int = option(0, "stop after so many epochs without a better validation ELBO; 0 never stops early")
     num_particles: int = option(1000, "draws per observation where log p(x) is estimated by drawing")
     engine: str = option("auto", f"one of {', '.join(ENGINES)}")
+    shards: int | None = option(None, "parts of a batch, each with noise of its own (default: processes)", int)
     objective: Any = field(default_factory=Elbo)
     seed: int = option(0, "rules splits, binarization, initial weights, order and noise")
 
     def __post_init__(self) -> None:
         _one_of("engine", self.engine, ENGINES)
-        _at_least(self, epochs=1, batch_size=1, kl_warmup=0, patience=0, num_particles=1, seed=0)
+        _at_least(self, epochs=1, batch_size=1, kl_warmup=0, patience=0, num_particles=1, shards=1, seed=0)
         _positive(self, "learning_rate", "beta", *(() if self.free_bits is None else ("free_bits",)))
         _check_part("objective", self.objective)
         if self.free_bits is not None and not isinstance(self.objective, Elbo):

@@ -10,8 +10,10 @@ import io
 import json
 import math
 import shlex
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import combinations
@@ -33,7 +35,9 @@ from ppl_vae.evidence import Evidence, comparison, log_evidence
 from ppl_vae.evidence.comparison import Comparison
 from ppl_vae.evidence.estimators import fingerprint
 from ppl_vae.locks import claimed
+from ppl_vae.ranks import apart, here
 from ppl_vae.report import Account, page
+from ppl_vae.stored import Stored, row_slices
 from ppl_vae.traces import Story
 from ppl_vae.training import History, fit
 from ppl_vae.training.checkpoints import files_in, rows_in
@@ -114,6 +118,7 @@ def load_data(wanted: configuration.DataConfiguration, pixels: configuration.Pix
         seed=seed,
         root=wanted.data_root,
         download=wanted.download,
+        stream=wanted.stream,
     )
 
 
@@ -138,18 +143,30 @@ def train(
 ) -> dict[str, Any]:
     """Trains, judges and pictures one story; returns the results that ``results.json`` holds.
 
+    Under ``torchrun`` every process calls this; the first one writes the folder, which all of them can read.
+
     Raises:
         FileExistsError: when the folder already holds something.
         ValueError: when story and data do not fit; the folder is then not made.
     """
+    ranks = here()
     refuse_used(folder)
     story = _new_story(wanted).to(traces.device_named(device))
     _check_data(story, wanted.data, dataset, _transform(dataset))
+    ranks.wait()  # until all have looked at the folder
     folder.mkdir(parents=True, exist_ok=True)
-    with claimed(folder):
-        _begin(folder, wanted, dataset)
+    with _claimed_by_first(folder):
+        if ranks.is_first:
+            _begin(folder, wanted, dataset)
         say(str(dataset))
         return _train_and_judge(story, wanted, dataset, folder, say)
+
+
+@contextmanager
+def _claimed_by_first(folder: Path) -> Iterator[None]:
+    """Inside, the folder is that of the processes that train together."""
+    with claimed(folder) if here().is_first else nullcontext():
+        yield
 
 
 def resume(
@@ -177,14 +194,16 @@ def resume(
     wanted, record = _read_configuration(folder / CONFIGURATION)
     if epochs is not None:
         wanted = replace(wanted, training=replace(wanted.training, epochs=epochs))
-    with claimed(folder):
+    ranks = here()
+    with _claimed_by_first(folder):
         dataset = load_data(wanted.data, pixels_of(wanted.story), wanted.training.seed)
         _refuse_changed(folder, wanted, record, dataset)
         files = [start] if start.is_file() else files_in(start)
         rows = rows_in(start) if files else []
         story = _story_to_resume(wanted, folder, typed, files).to(traces.device_named(device))
-        _begin(folder, wanted, dataset)
-        _write_metrics(folder, rows)
+        if ranks.is_first:
+            _begin(folder, wanted, dataset)
+            _write_metrics(folder, rows)
         say(f"going on after {len(rows)} epochs" if files else "no checkpoint was reached: starting anew")
         return _train_and_judge(story, wanted, dataset, folder, say, start if files else None)
 
@@ -208,7 +227,7 @@ def _train_and_judge(
     start: Path | None = None,
 ) -> dict[str, Any]:
     """Trains a story, from a checkpoint if there is one, then judges and pictures it."""
-    training, columns = wanted.training, partial(columns_of, wanted.data)
+    training, columns, is_first = wanted.training, partial(columns_of, wanted.data), here().is_first
     try:
         history = fit(
             story,
@@ -224,30 +243,49 @@ def _train_and_judge(
             free_bits=training.free_bits,
             patience=training.patience or None,
             engine=cast(Any, training.engine),
-            callbacks=[partial(_append_metrics, folder)],
+            callbacks=[partial(_append_metrics, folder)] if is_first else [],
+            shards=training.shards,
             seed=training.seed,
             checkpoints=folder / CHECKPOINTS,
             resume=start,
         )
     except (KeyboardInterrupt, SystemExit):
-        save(story, folder / STORY)
+        if is_first:
+            save(story, folder / STORY)
         raise
     seconds = float(history["seconds"].sum())
-    save(story, folder / STORY)
+    if is_first:
+        save(story, folder / STORY)
     say(f"trained {len(history)} epochs in {seconds:.0f} s; the weights of epoch {history.best_epoch} were best")
 
     test = columns(dataset.test)
     elbo = log_evidence(story, *test, method="elbo", num_particles=ELBO_PARTICLES, seed=training.seed)
-    evidence = log_evidence(story, *test, num_particles=training.num_particles, seed=training.seed)
-    evidence.save(_evidence_file(folder, "test"))
+    file = _evidence_file(folder, "test")
+    evidence = _estimated(file, story, test, {"num_particles": training.num_particles, "seed": training.seed})
     say(str(Scored("test", dataset.name, evidence)))
     results = _results(history, seconds, elbo, evidence) | _floor(story, dataset)
-    _write_json(folder / RESULTS, results)
-    for name, figure in _pictures(story, history, dataset.test, test).items():
-        _save_picture(figure, folder / name)
-    run = Run(folder, wanted, dataset.record, story)
-    write_atomically(folder / REPORT, page(_account(run, dataset, history)).encode())
+    if is_first:
+        _write_json(folder / RESULTS, results)
+        for name, figure in _pictures(story, history, dataset.test, test).items():
+            _save_picture(figure, folder / name)
+        with apart():
+            about = _account(Run(folder, wanted, dataset.record, story), dataset, history)
+            write_atomically(folder / REPORT, page(about).encode())
     return {"run": str(folder)} | results
+
+
+def _estimated(
+    file: Path | None, story: Story, columns: tuple[torch.Tensor, ...], settings: Mapping[str, Any]
+) -> Evidence:
+    """The evidence of some observations, saved in a file; blocks of it lie beside the file until all are there."""
+    if file is None:
+        return log_evidence(story, *columns, **settings)
+    unfinished = file.with_suffix(".blocks")
+    evidence = log_evidence(story, *columns, **settings, folder=unfinished)
+    if here().is_first:
+        evidence.save(file)
+        shutil.rmtree(unfinished)
+    return evidence
 
 
 def _transform(dataset: Dataset) -> checks.Transform | None:
@@ -308,7 +346,7 @@ def data_of(run: Run, source: str | None = None, root: str | None = None) -> Dat
         ValueError: when the run's data have changed since, or another source does not fit the story.
     """
     said = {name: value for name, value in {"data": source, "data_root": root}.items() if value is not None}
-    wanted = replace(run.wanted.data, **said)
+    wanted = replace(run.wanted.data, **said, **({} if source is None else {"stream": False}))
     pixels = pixels_of(run.wanted.story)
     dataset = load_data(wanted, pixels, run.seed)
     if source is None:
@@ -347,9 +385,7 @@ def score(
         tempfile.TemporaryFile(dir=file.parent).close()  # can a file be written there?
     for split, file in files.items():
         columns = run.columns(dataset.splits[split], asked.limit)
-        evidence = log_evidence(run.story, *columns, **_settings(asked, run))
-        if file is not None:
-            evidence.save(file)
+        evidence = _estimated(file, run.story, columns, _settings(asked, run))
         yield Scored(split, dataset.name, evidence, file)
 
 
@@ -590,7 +626,7 @@ def _check_data(
     # In the order of the source, so that a row has the number that the user knows it by.
     order = torch.cat([dataset.indices[name] for name in dataset.splits]).argsort()
     parts = zip(*(columns_of(wanted, split) for split in dataset.splits.values()), strict=True)
-    columns = [torch.cat(part)[order] for part in parts]
+    columns = [part[0].all_rows() if isinstance(part[0], Stored) else torch.cat(part)[order] for part in parts]
     try:
         checks.check(story, *columns, transform=transform)
     except TypeError as error:  # another number of columns
@@ -636,7 +672,9 @@ def _refuse_other_shape(run: Run, dataset: Dataset) -> None:
 
 def _refuse_other_test(first: Run, dataset: Dataset, other: Run, own: Dataset) -> None:
     """Raises ValueError when two runs hold out other observations; before anything is computed."""
-    if dataset.test.x.dtype != own.test.x.dtype or not torch.equal(dataset.test.x, own.test.x):
+    x, y = dataset.test.x, own.test.x
+    alike = x.dtype == y.dtype and x.shape == y.shape
+    if not alike or not all(torch.equal(x[rows], y[rows]) for rows in row_slices(x, y)):
         found = " and ".join(f"{str(run.folder)!r} ({_provenance(run)})" for run in (first, other))
         raise ValueError(
             f"The test observations differ between {found}. Train both with the same --data, --binarization and "

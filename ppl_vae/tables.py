@@ -22,10 +22,21 @@ def save(dataset: xr.Dataset, path: Path) -> None:
     Raises:
         OSError: when the file cannot be written.
     """
-    draft = io.BytesIO()  # HDF5 dies with the process where a disk is full
+    write_atomically(path, to_bytes(dataset))  # HDF5 dies with the process where a disk is full
+
+
+def to_bytes(dataset: xr.Dataset) -> bytes:
+    """What the file of a table holds."""
+    draft = io.BytesIO()
     with h5netcdf.File(draft, "w") as file:
         dataset.dump_to_store(H5NetCDFStore(file))
-    write_atomically(path, draft.getvalue())
+    return draft.getvalue()
+
+
+def from_bytes(content: bytes) -> xr.Dataset:
+    """The table whose file held this; for bytes of our own making."""
+    with xr.open_dataset(io.BytesIO(content), engine="h5netcdf", decode_times=False) as file:
+        return _plain(file.load().drop_encoding())
 
 
 def load(path: Path) -> xr.Dataset:

@@ -6,10 +6,12 @@ The tree is the same for ArviZ 0.23, whose ``InferenceData`` it becomes there, a
 
 import datetime
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import singledispatch
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import arviz
@@ -21,14 +23,17 @@ import xarray as xr
 from torch import Tensor
 
 import ppl_vae
-from ppl_vae import checks, distributions, noise, traces
+from ppl_vae import checkpoint, checks, distributions, noise, traces
 from ppl_vae.diagnostics.guide import pareto_k_threshold
 from ppl_vae.discrete import tell
 from ppl_vae.evidence import sharing
 from ppl_vae.evidence.joint import Joint, joint_of
-from ppl_vae.evidence.proposals import OBSERVATIONS_PER_UNIT, PARTICLES_PER_UNIT, Block, blocks
+from ppl_vae.evidence.proposals import OBSERVATIONS_PER_UNIT, PARTICLES_PER_UNIT, Block, block_numbers, block_of
 from ppl_vae.evidence.replays import Replays
 from ppl_vae.evidence.sampling import draw
+from ppl_vae.ranks import here as ranks_here
+from ppl_vae.shares import Shares, Table
+from ppl_vae.stored import Stored, row_slices
 from ppl_vae.traces import Columns, Site, Story, observed_sites, sample_sites
 
 if TYPE_CHECKING:
@@ -82,6 +87,7 @@ def to_arviz(
     memory_budget: float = MEMORY_BUDGET,
     seed: int = 0,
     progress: bool | None = None,
+    folder: str | os.PathLike[str] | None = None,
 ) -> "InferenceData | xr.DataTree":
     r"""A story's draws as ArviZ knows them; ``az.summary``, ``az.plot_trace`` and ``az.ess`` take them unchanged.
 
@@ -89,6 +95,9 @@ def to_arviz(
     chosen among more draws of the guide with probabilities proportional to :math:`p(x_n, z) / q(z \mid x_n)`, which
     moves them towards the true posterior (sampling importance resampling: Smith & Gelfand 1992,
     https://doi.org/10.1080/00031305.1992.10475856), as far as the guide reaches it: ``pareto_k`` tells.
+
+    Under ``torchrun`` every process calls this with the same arguments, computes its share, and ends with the same
+    tree, which is what one process makes.
 
     Args:
         story: an ``nn.Module`` with ``model`` and ``guide``.
@@ -107,6 +116,8 @@ def to_arviz(
             1,000 images of 784 pixels with 25 latent coordinates and all else left as it is, and 490 MB elementwise.
         seed: the noise is a function of it and of the position of an observation.
         progress: show a bar; None means when standard error is a terminal.
+        folder: where blocks of observations are written down as they are finished, every half minute; the same call
+            goes on with what it finds there.
 
     Returns:
         An ``InferenceData`` (ArviZ 0.23) or a ``DataTree`` (1.x), with one chain. Variables have the names of sites
@@ -154,10 +165,19 @@ def to_arviz(
         known = _known(story, columns, constant_data or {})
         replays = Replays(patience=None if plan.num_calls(len(columns[0])) > CALLS_TO_CAPTURE else math.inf)
         narrator = _Narrator(replace(joint_of(story, columns), replays=replays), sites, plan)
+        shares = Shares(progress=progress)
+        if folder is not None:
+            words = f"{ppl_vae.__version__} {plan} {seed}"
+            tensors = [*story.state_dict().values(), *columns]
+            shares = Shares(Path(folder), f"{words} {checkpoint.fingerprint(tensors)}", progress)
         arrays = _Arrays(len(columns[0]), plan)
-        for block in blocks(narrator.joint, columns, seed, progress, what="draws"):
-            for draws, values in narrator.tell(block):
-                arrays.fill(block.first, draws, values)
+        ranks_here().refuse_different("to_arviz", f"{plan} {seed} {len(columns[0])} observations")
+
+        def of_block(number: int) -> Table:
+            return narrator.table(block_of(narrator.joint, columns, seed, number))
+
+        for number, table in shares.out(block_numbers(len(columns[0])), of_block, "draws"):
+            arrays.put(number * OBSERVATIONS_PER_UNIT, table)
     attributes = _attributes(story, seed) | _summary(arrays.values, plan)
     return _for_this_arviz(_tree(arrays.values | known, attributes))
 
@@ -272,6 +292,16 @@ class _Narrator:
     sites: _Sites
     plan: _Plan
     names: dict[Any, tuple[Name, ...]] = field(default_factory=dict)
+
+    def table(self, block: Block) -> Table:
+        """What :meth:`tell` says of a block; in arrays whose first dimension is the observation."""
+        arrays = _Arrays(block.size, self.plan)
+        for draws, values in self.tell(block):
+            arrays.fill(draws, values)
+        return {
+            "/".join(name): array if name in WITHOUT_DRAWS else array.swapaxes(0, 1)
+            for name, array in arrays.values.items()
+        }
 
     def tell(self, block: Block) -> Iterator[tuple[slice | None, Draws]]:
         """Everything that is known of a block, in parts: which draws, and their values of shape (draws, N, *event).
@@ -473,18 +503,26 @@ class _Arrays:
     plan: _Plan
     values: dict[Name, np.ndarray] = field(default_factory=dict)
 
-    def fill(self, first: int, draws: slice | None, drawn: Draws) -> None:
-        """Puts draws of some observations, from number ``first`` on, in their places."""
+    def fill(self, draws: slice | None, drawn: Draws) -> None:
+        """Puts draws of all observations in their places."""
         for name, tensor in drawn.items():
             array = tensor.cpu().numpy()
-            if name not in self.values:
-                leading = () if draws is None else (self.plan.length(name[0]),)
-                event = array.shape[len(leading) + 1 :]
-                self.values[name] = np.empty((*leading, self.num_observations, *event), array.dtype)
             if draws is None:
-                self.values[name][first : first + len(array)] = array
+                self.values[name] = array
             else:
-                self.values[name][draws, first : first + array.shape[1]] = array
+                length = self.plan.length(name[0])
+                self.values.setdefault(name, np.empty((length, *array.shape[1:]), array.dtype))[draws] = array
+
+    def put(self, first: int, table: Table) -> None:
+        """Puts what is known of some observations, from number ``first`` on, in its place."""
+        for key, column in table.items():
+            group, _, variable = key.partition("/")
+            name, leading = (group, variable), () if (group, variable) in WITHOUT_DRAWS else (slice(None),)
+            array = column.swapaxes(0, len(leading))
+            if name not in self.values:
+                shape = (*array.shape[: len(leading)], self.num_observations, *array.shape[len(leading) + 1 :])
+                self.values[name] = np.empty(shape, array.dtype)
+            self.values[name][*leading, first : first + len(column)] = array
 
 
 def _known(story: Story, columns: Columns, constant_data: Mapping[str, Any]) -> dict[Name, np.ndarray]:
@@ -515,8 +553,8 @@ def _known(story: Story, columns: Columns, constant_data: Mapping[str, Any]) -> 
 def _computed(story: Story, columns: Columns, scored: dict[str, int]) -> dict[Name, np.ndarray]:
     """The values of sites that score something made from the columns."""
     parts: list[dict[str, np.ndarray]] = []
-    for rows in zip(*(column.split(ROWS_AT_ONCE) for column in columns), strict=True):
-        rows = traces.to_story(story, rows)
+    for part in row_slices(*columns, most_rows=ROWS_AT_ONCE):
+        rows = traces.to_story(story, tuple(column[part] for column in columns))
         with noise.unit(rows[0].device, 0, noise.Purpose.CHECK):
             model_trace, _ = traces.run(story, *rows)
         parts.append({name: _numpy(site["value"]) for name, site in observed_sites(model_trace).items()})
@@ -529,6 +567,7 @@ def _computed(story: Story, columns: Columns, scored: dict[str, int]) -> dict[Na
 
 def _numpy(values: Any) -> np.ndarray:
     """Numbers or words; truth values as 0 and 1."""
+    values = values[0 : len(values)] if isinstance(values, Stored) else values
     array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
     return array.astype(np.int8) if array.dtype == bool else array
 

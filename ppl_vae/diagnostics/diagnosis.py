@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 import xarray as xr
 from torch import Tensor
@@ -25,6 +26,7 @@ from ppl_vae.diagnostics.predictive import coverage, pixel_calibration, predicti
 from ppl_vae.diagnostics.reference import against_guide, reference_posterior
 from ppl_vae.evidence import Evidence, log_evidence
 from ppl_vae.evidence.estimators import fingerprint
+from ppl_vae.ranks import Ranks, apart, here
 from ppl_vae.traces import Columns, Story
 
 # What costs gradients is computed for some observations only, spread evenly over all.
@@ -163,7 +165,8 @@ def diagnose(
     """Runs the diagnostics of a story that apply to it.
 
     Gaps are measured on 64 observations and compared with Markov chains on 16, spread evenly; calibration on 1,000
-    that the story makes; all else on all observations.
+    that the story makes; all else on all observations. Under ``torchrun`` every process calls this with the same
+    arguments: they share out the observations of the evidence, and the other sections, and each ends with all.
 
     Args:
         story: an ``nn.Module`` with ``model`` and ``guide``.
@@ -197,22 +200,71 @@ def diagnose(
         raise ValueError(f"Unknown sections {sorted(unknown)}; there are {', '.join(SECTIONS)}.")
     checks.dry_run(story, *columns)
     subject = Subject(story, columns, labels, seed, progress, evidence)
-    asked, weights = _asked(subject), checkpoint.fingerprint(story.state_dict().values())
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-    found: dict[str, xr.Dataset] = {}
-    wanted = [section for section in SECTIONS if section in sections]
-    for section in tqdm(wanted, desc="diagnosis", unit="section", disable=None if progress is None else not progress):
-        file = None if folder is None else folder / f"{section}.nc"
-        table = _known(file, asked) or _computed(section, subject).assign_attrs(
-            asked=asked, weights=weights, num_diagnosed=subject.size
-        )
-        if section == "evidence" and UNAVAILABLE not in table.attrs:
-            subject = replace(subject, evidence=Evidence(table))
-        if file is not None:
-            tables.save(table, file)
-        found[section] = table
-    return _sorted_out(found)
+    ranks, wanted = here(), [section for section in SECTIONS if section in sections]
+    desk = _Desk(folder, _asked(subject), checkpoint.fingerprint(story.state_dict().values()))
+    ranks.refuse_different("diagnose", f"{desk.asked} {wanted}")
+    found = {section: table for section in wanted if (table := desk.known(section)) is not None}
+    ranks.wait()  # until all have looked, nobody writes
+    if "evidence" in wanted and "evidence" not in found:
+        found["evidence"] = desk.table("evidence", subject, writes=ranks.is_first)
+    if "evidence" in found and UNAVAILABLE not in found["evidence"].attrs:
+        subject = replace(subject, evidence=Evidence(found["evidence"]))
+    rest = ranks.mine([section for section in wanted if section not in found])
+    hidden = not ranks.is_first or (None if progress is None else not progress)
+    with apart():
+        own = {
+            section: desk.table(section, subject)
+            for section in tqdm(rest, desc="diagnosis", unit="section", disable=hidden)
+        }
+    found |= own | _of_others(ranks, own)
+    return _sorted_out({section: found[section] for section in wanted})
+
+
+@dataclass(frozen=True)
+class _Desk:
+    """Where tables of a story with some weights, asked for in the same way, are kept."""
+
+    folder: Path | None
+    asked: str
+    weights: str
+
+    def known(self, section: str) -> xr.Dataset | None:
+        """A table that is there already, and was asked for in the same way."""
+        file = None if self.folder is None else self.folder / f"{section}.nc"
+        if file is None or not file.exists():
+            return None
+        try:
+            table = tables.load(file)
+        except ValueError:
+            return None
+        return table if table.attrs.get("asked") == self.asked else None
+
+    def table(self, section: str, subject: Subject, writes: bool = True) -> xr.Dataset:
+        """Computes a section, and keeps it."""
+        about = {"asked": self.asked, "weights": self.weights, "num_diagnosed": subject.size}
+        table = _computed(section, subject).assign_attrs(about)
+        if self.folder is not None and writes:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            tables.save(table, self.folder / f"{section}.nc")
+        return table
+
+
+def _of_others(ranks: Ranks, own: Mapping[str, xr.Dataset]) -> dict[str, xr.Dataset]:
+    """The tables that other processes computed, for those that this one did."""
+    if ranks.size == 1:
+        return {}
+    content = safetensors.torch.save(
+        {
+            section: torch.frombuffer(bytearray(tables.to_bytes(table)), dtype=torch.uint8)
+            for section, table in own.items()
+        }
+    )
+    handed_in = [part for number, part in enumerate(ranks.gather(content)) if number != ranks.number]
+    return {
+        section: tables.from_bytes(packed.numpy().tobytes())
+        for part in handed_in
+        for section, packed in safetensors.torch.load(part).items()
+    }
 
 
 def read(folder: Path, story: Story) -> Diagnosis:
@@ -242,17 +294,6 @@ def _computed(section: str, subject: Subject) -> xr.Dataset:
     except (ValueError, NotImplementedError) as error:
         table = xr.Dataset(attrs={UNAVAILABLE: str(error)})
     return table.assign_attrs(seconds=round(time.perf_counter() - started, 2))
-
-
-def _known(file: Path | None, asked: str) -> xr.Dataset | None:
-    """A table that is there already, and was asked for in the same way."""
-    if file is None or not file.exists():
-        return None
-    try:
-        table = tables.load(file)
-    except ValueError:
-        return None
-    return table if table.attrs.get("asked") == asked else None
 
 
 def _asked(subject: Subject) -> str:

@@ -3,18 +3,20 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
-from tqdm import tqdm
 
-from ppl_vae import checks, noise, traces
+import ppl_vae
+from ppl_vae import checkpoint, checks, noise, traces
 from ppl_vae.discrete import log_densities
 from ppl_vae.distributions import Columnwise
 from ppl_vae.evidence import escalation, naive, quadrature, sharing
@@ -22,22 +24,25 @@ from ppl_vae.evidence.annealing import Annealing
 from ppl_vae.evidence.escalation import Planned, Settings
 from ppl_vae.evidence.joint import Joint, joint_of
 from ppl_vae.evidence.naive import SharedParticles
-from ppl_vae.evidence.proposals import Block, FromDensity, FromGuide, FromPyro, blocks, without_mode
+from ppl_vae.evidence.proposals import Block, FromDensity, FromGuide, FromPyro, block_numbers, block_of, without_mode
 from ppl_vae.evidence.result import Evidence
 from ppl_vae.evidence.sampling import METHODS, PILOT_PARTICLES, Method, draw
 from ppl_vae.evidence.weights import JACKKNIFE_POWERS, WeightSums
+from ppl_vae.ranks import here as ranks_here
+from ppl_vae.shares import Shares, Table
+from ppl_vae.stored import row_slices
 from ppl_vae.traces import Columns, Story
+
+Columnar = dict[str, Any]  # of arrays or tensors
 
 MethodName = Literal[
     "auto", "importance", "mixture", "annealed", "laplace", "prior", "elbo", "pyro", "quadrature", "exact"
 ]
 Correction = Literal["jackknife", "jackknife-2", "pareto"]
-Table = dict[str, Any]
 
 DEFAULT_BUDGET = 60_000
 UNLIMITED = 2**62
 DRAWS_TO_COMPILE = 5_000_000  # some microseconds are saved by each (docs/performance.md)
-ROWS_HASHED_AT_ONCE = 4096
 COLUMNS = (
     "observation",
     "estimate",
@@ -66,11 +71,15 @@ def log_evidence(
     progress: bool | None = None,
     compile: bool | None = None,
     model_dtype: torch.dtype | None = None,
+    folder: str | os.PathLike[str] | None = None,
 ) -> Evidence:
     r"""Evidence of each observation, :math:`\log p(x_n) = \log \int p(x_n \mid z)\, p(z)\, dz`, in nats.
 
     Columns that the story scores at a site are data, the others are conditions: ``log_evidence(conditional, x, y)`` is
     log p(x | y). The story runs in eval mode and is left as it was.
+
+    Under ``torchrun`` every process calls this with the same arguments and computes its share; each ends with all, the
+    same numbers that one process gives, bit for bit where threads are as many.
 
     Args:
         story: an ``nn.Module`` with ``model`` and ``guide``.
@@ -106,6 +115,8 @@ def log_evidence(
         model_dtype: compute the model's linear layers and convolutions in this dtype. ``torch.bfloat16`` is faster
             where the processor knows it, and moves each estimate by some hundredths of a nat, which no error tells;
             the column ``method`` says so.
+        folder: where blocks of observations are written down as they are finished, every half minute; the same call
+            goes on with what it finds there, to the same numbers. Its files may be deleted afterwards.
 
     Returns:
         An :class:`Evidence`. For weighted draws ``standard_error`` and ``bias`` are those of the delta method,
@@ -114,8 +125,11 @@ def log_evidence(
 
     Raises:
         ValueError: when the story or the data are not what :func:`ppl_vae.check` expects, when a method does not apply
-            to the story, or when a weight is NaN or infinite, naming the observations.
+            to the story, or when a weight is NaN or infinite, naming the observations; when a file in ``folder`` is
+            damaged.
         MemoryError: when one particle of one observation does not fit.
+        OSError: when a finished block cannot be written down.
+        RuntimeError: when another process of the same ``torchrun`` has died.
 
     >>> from ppl_vae import VAE, likelihoods, networks, posteriors, priors
     >>> vae = VAE(
@@ -138,10 +152,15 @@ def log_evidence(
         joint = joint_of(story, columns, compiled=compile, model_dtype=model_dtype)
         if name != "auto" and tolerance is None:
             budget = UNLIMITED
-        estimation = _Estimation(joint, columns, Settings(num_particles, tolerance, budget), correction, seed, progress)
+        settings, data_fingerprint = Settings(num_particles, tolerance, budget), fingerprint(story, columns)
+        words = f"{ppl_vae.__version__} {method} {settings} {correction} {seed} {model_dtype} {data_fingerprint}"
+        shares = Shares(progress=progress)
+        if folder is not None:
+            shares = Shares(Path(folder), _asked(words, story, columns), progress)
+        ranks_here().refuse_different("log_evidence", f"{words} {len(columns[0])} observations")
+        estimation = _Estimation(joint, columns, settings, correction, seed, shares)
         parts, extra = estimation.run(method)
         measures = _base_measures(story, columns)
-        data_fingerprint = fingerprint(story, columns)
     attributes = {
         "unit": "nats",
         "seed": seed,
@@ -195,55 +214,70 @@ class _Estimation:
     settings: Settings
     correction: Correction | None
     seed: int
-    progress: bool | None
+    shares: Shares
 
     def run(self, method: str | Method) -> tuple[list[Table], dict[str, Any]]:
         """The rows of the table, in parts, and what is to be said of all of them together."""
         if not isinstance(method, str):
-            return list(self._by_pilot((method,))), {}
+            return self._by_pilot((method,)), {}
         if method == "auto":
-            return list(self._auto()), {}
+            return self._auto(), {}
         if method == "quadrature":
             return [self._integrate()], {}
         if method == "exact":
-            return list(self._enumerate()), {}
+            return self._enumerate(), {}
         if method == "elbo":
-            return list(self._elbo()), {}
-        if method == "prior" and (scored := sharing.scored_columns(self.joint.story, self._on_device)):
+            return self._in_blocks(self._elbo), {}
+        if method == "prior" and (scored := sharing.scored_columns(self.joint.story, self.columns)):
             return self._share(scored)
-        return list(self._by_pilot((METHODS[method],))), {}
+        return self._by_pilot((METHODS[method],)), {}
 
     # Without chance
 
     def _integrate(self) -> Table:
         tolerance = self.settings.tolerance
         wanted = min(quadrature.TOLERANCE, tolerance or quadrature.TOLERANCE)
-        estimate, error = quadrature.quadrature(self.joint, self._on_device, wanted, self.progress)
-        verdict = np.where(error < quadrature.TOLERANCE, "exact", "poor").astype(object)
-        if tolerance is not None:
-            verdict[error.numpy() > tolerance] = "unresolved"
-        return _without_chance(np.arange(len(estimate)), "quadrature", estimate, error, verdict)
+        scored = sharing.scored_columns(self.joint.story, self.columns)
+        groups = quadrature.groups(self.columns, scored)
 
-    def _enumerate(self) -> Iterator[Table]:
+        def of_group(number: int) -> Table:
+            members = groups[number]
+            estimate, error = quadrature.of_group(
+                self.joint, self.columns, scored, members, wanted, self.shares.progress
+            )
+            verdict = np.where(error < quadrature.TOLERANCE, "exact", "poor").astype(object)
+            if tolerance is not None:
+                verdict[error.numpy() > tolerance] = "unresolved"
+            return _without_chance(members.numpy(), "quadrature", estimate, error, verdict)
+
+        return _joined([table for _, table in self.shares.out(range(len(groups)), of_group, "quadrature", "group")])
+
+    def _enumerate(self) -> list[Table]:
         discrete = self.joint.discrete
         if self.joint.dim or self.joint.why_no_space or discrete is None:
             raise ValueError("method='exact' sums over discrete latents with few joint values; this story has others.")
-        for block in self._blocks():
+
+        def of_block(block: Block) -> Table:
             densities = self.joint.chunks.map(
                 lambda *rows: log_densities(self.joint.story.model, rows, {}, discrete), *block.columns
             )
             nothing = torch.zeros(block.size)
-            yield _without_chance(block.numbers, "exact", densities[1], nothing, np.full(block.size, "exact", object))
+            return _without_chance(block.numbers, "exact", densities[1], nothing, np.full(block.size, "exact", object))
+
+        return self._in_blocks(of_block)
 
     # By weighted draws
 
-    def _by_pilot(self, methods: tuple[Method, ...], rows: Tensor | None = None) -> Iterator[Table]:
+    def _by_pilot(self, methods: tuple[Method, ...], rows: Tensor | None = None) -> list[Table]:
         """The first good and affordable one of some methods, for all observations or for these rows."""
-        for block in self._blocks(rows):
-            for planned in escalation.plan(block, methods, self.settings):
-                yield self._draw(block.at(planned.rows), planned)
 
-    def _draw(self, block: Block, planned: Planned) -> Table:
+        def of_block(block: Block) -> Table:
+            plans = escalation.plan(block, methods, self.settings)
+            return _joined([self._draw(block.at(planned.rows), planned) for planned in plans])
+
+        return self._in_blocks(of_block, rows)
+
+    def _draw(self, block: Block, planned: Planned) -> Columnar:
         """The evidence of observations that are drawn in the same way."""
         sums = draw(block, planned.proposal, planned.num_particles, noise.Purpose.EVIDENCE, self._num_powers)
         table = _of_weights(sums, self.correction)
@@ -262,60 +296,52 @@ class _Estimation:
             table["verdict"][~reached.numpy()] = "unresolved"
         return table
 
-    def _elbo(self) -> Iterator[Table]:
+    def _elbo(self, block: Block) -> Table:
         num_particles = self.settings.num_particles or METHODS["importance"].default_particles
-        for block in self._blocks():
-            sums = draw(block, FromGuide(block), num_particles, noise.Purpose.EVIDENCE)
-            bound = {"estimate": sums.mean, "standard_error": sums.standard_error_of_mean, "bias": sums.mean * 0}
-            nothing = torch.full_like(sums.mean, math.nan)
-            yield (
-                _of_weights(sums, None)
-                | bound
-                | {
-                    "observation": block.numbers,
-                    "pilot_pareto_k": nothing,
-                    "verdict": np.full(block.size, "bound", object),
-                    "method": np.full(block.size, "elbo", object),
-                }
-            )
+        sums = draw(block, FromGuide(block), num_particles, noise.Purpose.EVIDENCE)
+        bound = {"estimate": sums.mean, "standard_error": sums.standard_error_of_mean, "bias": sums.mean * 0}
+        words = {"verdict": np.full(block.size, "bound", object), "method": np.full(block.size, "elbo", object)}
+        nothing = torch.full_like(sums.mean, math.nan)
+        return _joined(
+            [_of_weights(sums, None) | bound | words | {"observation": block.numbers, "pilot_pareto_k": nothing}]
+        )
 
     def _share(self, scored: dict[str, int]) -> tuple[list[Table], dict[str, Any]]:
         """Naive Monte Carlo with the same draws for all observations."""
         num_particles = self.settings.num_particles or METHODS["prior"].default_particles
-        particles = SharedParticles(self.joint, self._on_device, scored, self.seed)
-        tables, batches = [], torch.zeros(())
-        hidden = None if self.progress is None else not self.progress
-        for rows in tqdm(list(particles.groups()), desc="evidence", unit="group", disable=hidden):
+        particles = SharedParticles(self.joint, self.columns, scored, self.seed)
+        groups = particles.groups()
+
+        def of_group(number: int) -> Table:
+            rows = groups[number]
             pilot, _ = particles.draw(rows, PILOT_PARTICLES, noise.Purpose.PILOT)
-            sums, of_group = particles.draw(rows, num_particles, noise.Purpose.EVIDENCE, self._num_powers)
-            batches = batches + of_group
-            tables.append(
-                _of_weights(sums, self.correction)
-                | {
-                    "observation": rows.cpu().numpy(),
-                    "pilot_pareto_k": pilot.pareto_k,
-                    "verdict": np.array(pilot.verdicts(), dtype=object),
-                    "method": np.full(len(rows), "prior", object),
-                }
-            )
-        return tables, {"monte_carlo_error": naive.error_of_mean(batches, len(self.columns[0]))}
+            sums, batches = particles.draw(rows, num_particles, noise.Purpose.EVIDENCE, self._num_powers)
+            words = {
+                "verdict": np.array(pilot.verdicts(), dtype=object),
+                "method": np.full(len(rows), "prior", object),
+            }
+            own = {"observation": rows.numpy(), "pilot_pareto_k": pilot.pareto_k}
+            return _joined([_of_weights(sums, self.correction) | words | own]) | {"batches": batches.numpy()}
+
+        tables = dict(self.shares.out(range(len(groups)), of_group, "evidence", "group"))
+        batches = sum(torch.from_numpy(tables[number]["batches"]) for number in sorted(tables))
+        return list(tables.values()), {
+            "monte_carlo_error": naive.error_of_mean(torch.as_tensor(batches), len(self.columns[0]))
+        }
 
     # Whatever is best
 
-    def _auto(self) -> Iterator[Table]:
+    def _auto(self) -> list[Table]:
         """Enumeration or quadrature where they apply and are cheaper; else, and for what they leave, by pilot."""
-        rows = None
         if self.joint.dim == 0 and not self.joint.why_no_space and self.joint.discrete is not None:
-            yield from self._enumerate()
-            return
-        if self._quadrature_is_cheap():
-            table = self._integrate()
-            solved = table["verdict"] == "exact"
-            yield {name: column[solved] for name, column in table.items()}
-            rows = torch.from_numpy((~solved).nonzero()[0])
-            if not len(rows):
-                return
-        yield from self._by_pilot(self._ladder(), rows)
+            return self._enumerate()
+        if not self._quadrature_is_cheap():
+            return self._by_pilot(self._ladder())
+        table = self._integrate()
+        solved = table["verdict"] == "exact"
+        rows = torch.from_numpy(np.sort(table["observation"][~solved]))
+        rest = self._by_pilot(self._ladder(), rows) if len(rows) else []
+        return [{name: column[solved] for name, column in table.items()}, *rest]
 
     def _ladder(self) -> tuple[Method, ...]:
         """The methods that apply to the story, in the order in which they are tried."""
@@ -327,10 +353,10 @@ class _Estimation:
     def _quadrature_is_cheap(self) -> bool:
         if not self.joint.can_move or self.joint.dim not in GRID_POINTS:
             return False
-        columns = self._on_device
-        groups = sharing.rows_with_equal_conditions(columns, sharing.scored_columns(self.joint.story, columns))
+        scored = sharing.scored_columns(self.joint.story, self.columns)
+        groups = sharing.rows_with_equal_conditions(self.columns, scored)
         cost = sum(1 for _ in groups) * GRID_POINTS[self.joint.dim]
-        return cost < self.settings.budget * len(columns[0])
+        return cost < self.settings.budget * len(self.columns[0])
 
     @property
     def _num_powers(self) -> int:
@@ -338,18 +364,20 @@ class _Estimation:
 
     # The observations
 
-    @property
-    def _on_device(self) -> Columns:
-        return traces.to_story(self.joint.story, self.columns)
+    def _in_blocks(self, compute: Callable[[Block], Table], rows: Tensor | None = None) -> list[Table]:
+        """What is computed of each block of all observations, or of these rows."""
 
-    def _blocks(self, rows: Tensor | None = None) -> Iterator[Block]:
-        return blocks(self.joint, self.columns, self.seed, self.progress, rows)
+        def of_number(number: int) -> Table:
+            return compute(block_of(self.joint, self.columns, self.seed, number, rows))
+
+        numbers = block_numbers(len(self.columns[0]), rows)
+        return [table for _, table in self.shares.out(numbers, of_number, "evidence")]
 
 
 # The table
 
 
-def _of_weights(sums: WeightSums, correction: Correction | None) -> Table:
+def _of_weights(sums: WeightSums, correction: Correction | None) -> Columnar:
     """What the weights of some observations say, as columns."""
     variance = sums.relative_variance
     estimate, bias = sums.log_mean, -variance / 2
@@ -367,7 +395,7 @@ def _of_weights(sums: WeightSums, correction: Correction | None) -> Table:
     }
 
 
-def _allow_for_unseen(table: Table, sums: WeightSums) -> None:
+def _allow_for_unseen(table: Columnar, sums: WeightSums) -> None:
     """Where a discrete guide drew a single value, equal weights do not prove it exact; in place.
 
     The values that were not drawn have a probability of about 1 / (S + 1) (Laplace's rule of succession), and so has
@@ -407,9 +435,14 @@ def _without_chance(numbers: np.ndarray, method: str, estimate: Tensor, error: T
     }
 
 
+def _joined(parts: Sequence[Mapping[str, Any]]) -> Table:
+    """Tables one below the other."""
+    return {name: np.concatenate([np.asarray(part[name]) for part in parts]) for name in COLUMNS}
+
+
 def _dataset(parts: list[Table]) -> xr.Dataset:
     """One row per observation, in order."""
-    table = {name: np.concatenate([np.asarray(part[name]) for part in parts]) for name in COLUMNS}
+    table = _joined(parts)
     table |= {name: table[name].astype(str) for name in ("verdict", "method")}
     order = table["observation"].argsort()
     variables = {name: ("observation", table[name][order]) for name in COLUMNS if name != "observation"}
@@ -441,6 +474,14 @@ def fingerprint(story: Story, columns: Columns) -> str:
     digest = hashlib.sha256()
     for column in scored:
         digest.update(repr(tuple(column.shape)).encode())
-        for rows in column.detach().cpu().split(ROWS_HASHED_AT_ONCE):
-            digest.update(rows.double().contiguous().numpy().tobytes())
+        for rows in row_slices(column):
+            digest.update(column[rows].detach().cpu().double().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _asked(words: str, story: Story, columns: Columns) -> str:
+    """A hash of all that the evidence depends on."""
+    digest = hashlib.sha256(words.encode())
+    for tensors in (story.state_dict().values(), columns):
+        digest.update(checkpoint.fingerprint(tensors).encode())
     return digest.hexdigest()

@@ -5,7 +5,6 @@ the mean over observations of w_sn / mean_s(w_sn), taken here from batches of pa
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
 
@@ -30,7 +29,7 @@ class SharedParticles:
 
     Attributes:
         scored: the columns that observed sites score, by site name.
-        columns: all observations, where the story is.
+        columns: all observations.
     """
 
     joint: Joint
@@ -38,10 +37,10 @@ class SharedParticles:
     scored: dict[str, int]
     seed: int
 
-    def groups(self) -> Iterator[Tensor]:
+    def groups(self) -> list[Tensor]:
         """Row numbers of observations that share their particles, a bounded number at once."""
-        for rows in sharing.rows_with_equal_conditions(self.columns, self.scored):
-            yield from rows.split(OBSERVATIONS_AT_ONCE)
+        together = sharing.rows_with_equal_conditions(self.columns, self.scored)
+        return [members.cpu() for rows in together for members in rows.split(OBSERVATIONS_AT_ONCE)]
 
     def draw(
         self, rows: Tensor, num_particles: int, purpose: noise.Purpose, num_powers: int = 2
@@ -51,7 +50,7 @@ class SharedParticles:
         Raises:
             ValueError: naming the observations whose likelihood is NaN or infinite.
         """
-        columns = tuple(column[rows] for column in self.columns)
+        columns = traces.to_story(self.joint.story, tuple(column[rows] for column in self.columns))
         sums = WeightSums(len(rows), num_particles, num_powers, fast=True)
         ends = torch.linspace(0, num_particles, min(MOST_BATCHES, num_particles) + 1).round().long()
         batches = torch.full((len(ends) - 1, len(rows)), -math.inf, dtype=torch.float64)

@@ -76,17 +76,27 @@ def blocks(
     what: str = "evidence",
 ) -> Iterator[Block]:
     """The observations in blocks, with a bar that says for what; or some rows of them, each in its block."""
-    size = len(columns[0])
-    wanted = torch.ones(size, dtype=torch.bool)
-    if rows is not None:
-        wanted = torch.zeros(size, dtype=torch.bool).index_fill(0, rows, True)
-    starts = range(0, size, OBSERVATIONS_PER_UNIT)
-    for first in tqdm(starts, desc=what, unit="block", disable=None if progress is None else not progress):
-        inside = wanted[first : first + OBSERVATIONS_PER_UNIT].nonzero().flatten()
-        if len(inside):
-            some = tuple(column[first : first + OBSERVATIONS_PER_UNIT] for column in columns)
-            block = Block(joint, traces.to_story(joint.story, some), first, seed)
-            yield block if len(inside) == block.size else block.at(inside)
+    numbers = block_numbers(len(columns[0]), rows)
+    for number in tqdm(numbers, desc=what, unit="block", disable=None if progress is None else not progress):
+        yield block_of(joint, columns, seed, number, rows)
+
+
+def block_numbers(num_observations: int, rows: Tensor | None = None) -> list[int]:
+    """The numbers of the blocks that hold all observations, or some rows of them."""
+    if rows is None:
+        return list(range(math.ceil(num_observations / OBSERVATIONS_PER_UNIT)))
+    return (rows // OBSERVATIONS_PER_UNIT).unique().tolist()
+
+
+def block_of(joint: Joint, columns: Columns, seed: int, number: int, rows: Tensor | None = None) -> Block:
+    """A block by its number; only what it holds of some sorted rows, if these are given."""
+    first = number * OBSERVATIONS_PER_UNIT
+    some = tuple(column[first : first + OBSERVATIONS_PER_UNIT] for column in columns)
+    block = Block(joint, traces.to_story(joint.story, some), first, seed)
+    if rows is None:
+        return block
+    inside = rows[(rows >= first) & (rows < first + OBSERVATIONS_PER_UNIT)] - first
+    return block.at(inside)
 
 
 class Proposal(Protocol):

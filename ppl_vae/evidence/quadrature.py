@@ -42,15 +42,31 @@ def quadrature(
     Raises:
         ValueError: when the story has no continuous latent, or more than two latent dimensions.
     """
-    refuse(joint)
-    scored = sharing.scored_columns(joint.story, columns)
     estimate = torch.empty(len(columns[0]), dtype=torch.float64)
     error = torch.empty_like(estimate)
-    for rows in sharing.rows_with_equal_conditions(columns, scored):
-        for members in rows.split(OBSERVATIONS_AT_ONCE):
-            shared = _SharedJoint(joint, tuple(column[members] for column in columns), scored, progress)
-            estimate[members.cpu()], error[members.cpu()] = _integrate(shared, tolerance)
+    scored = sharing.scored_columns(joint.story, columns)
+    for members in groups(columns, scored):
+        estimate[members], error[members] = of_group(joint, columns, scored, members, tolerance, progress)
     return estimate, error
+
+
+def groups(columns: Columns, scored: dict[str, int]) -> list[Tensor]:
+    """Row numbers of observations with equal conditions, a bounded number in each group."""
+    together = sharing.rows_with_equal_conditions(columns, scored)
+    return [members.cpu() for rows in together for members in rows.split(OBSERVATIONS_AT_ONCE)]
+
+
+def of_group(
+    joint: Joint, columns: Columns, scored: dict[str, int], members: Tensor, tolerance: float, progress: bool | None
+) -> tuple[Tensor, Tensor]:
+    """What :func:`quadrature` gives for the observations of one group.
+
+    Raises:
+        ValueError: when the story has no continuous latent, or more than two latent dimensions.
+    """
+    refuse(joint)
+    some = traces.to_story(joint.story, tuple(column[members] for column in columns))
+    return _integrate(_SharedJoint(joint, some, scored, progress), tolerance)
 
 
 def refuse(joint: Joint) -> None:

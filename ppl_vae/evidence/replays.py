@@ -15,7 +15,7 @@ log = logging.getLogger("ppl_vae")
 
 # Tracing takes a tenth of a second or more and saves a few milliseconds per call: calls that were many will be more.
 CALLS_BEFORE_CAPTURE = 20
-ROWS_TO_COMPILE = 1024
+ROWS_TO_COMPILE = 4096  # a whole unit of noise
 
 Function = Callable[..., tuple[Tensor, ...]]
 
@@ -38,18 +38,23 @@ class Replays:
     def call(self, name: Any, function: Function, *tensors: Tensor) -> tuple[Tensor, ...]:
         """``function(*tensors)``. Functions of the same name are the same.
 
-        One that draws random numbers draws them from torch's generators, and its replay draws the same numbers.
+        One that draws random numbers draws them from torch's generators, and its replay draws the same numbers. What
+        is to be compiled is so from its first call on, and values do not depend on how many calls were before.
         """
         key = (name, *((tensor.shape, tensor.dtype) for tensor in tensors))
         if key in self.programs:
             return self.programs[key](*tensors)
-        due = self.calls[key] + 1 == (CALLS_BEFORE_CAPTURE if self.patience is None else self.patience)
+        patience = 1 if self._may_compile(tensors) else self.patience
+        due = self.calls[key] + 1 == (CALLS_BEFORE_CAPTURE if patience is None else patience)
         start = _generators(tensors[0].device) if due else ()
         values = function(*tensors)
         self.calls[key] += 1
         if due:
-            self.programs[key] = self._replayable(name, function, tensors, values, start)
+            self.programs[key], values = self._replayable(name, function, tensors, values, start)
         return values
+
+    def _may_compile(self, tensors: tuple[Tensor, ...]) -> bool:
+        return self.compiled and max(len(tensor) for tensor in tensors) >= ROWS_TO_COMPILE
 
     def _replayable(
         self,
@@ -58,8 +63,11 @@ class Replays:
         tensors: tuple[Tensor, ...],
         values: tuple[Tensor, ...],
         start: tuple[Tensor, ...],
-    ) -> Function:
-        """The captured function if it gives these values from generators at ``start``, else the function as it is."""
+    ) -> tuple[Function, tuple[Tensor, ...]]:
+        """The captured function if it gives these values from generators at ``start``, else the function as it is.
+
+        With it come the values of whichever it is.
+        """
         device = tensors[0].device
         end = _generators(device)
         try:
@@ -70,15 +78,15 @@ class Replays:
                 agrees = _equal(_generators(device), end)
         except CaptureError as error:
             log.info("%s is evaluated as it is, because it cannot be captured: %s", name, error)
-            return function
+            return function, values
         if agrees and all(_agree(*pair) for pair in zip(replayed, values, strict=True)):
-            return program
+            return program, replayed
         log.info("%s is evaluated as it is, because its replay gave other values.", name)
-        return function
+        return function, values
 
     def _fastest(self, name: Any, program: Program, tensors: tuple[Tensor, ...], draws: bool) -> Function:
         """The program, compiled where that is wanted and possible; compiled, it would draw other numbers."""
-        if not self.compiled or draws or max(len(tensor) for tensor in tensors) < ROWS_TO_COMPILE:
+        if draws or not self._may_compile(tensors):
             return program
         try:
             return program.compiled(*tensors, frozen=True)

@@ -18,6 +18,7 @@ from torch.nn.functional import softplus
 from ppl_vae import noise, traces
 from ppl_vae.discrete import tell
 from ppl_vae.evidence.joint import latent_sites
+from ppl_vae.stored import row_slices
 from ppl_vae.traces import Columns, Site, Story, observed_sites
 
 
@@ -53,9 +54,14 @@ def scored_columns(story: Story, columns: Columns) -> dict[str, int]:
 
 def _two_different(columns: Columns) -> Columns:
     """The first row and one that differs from it, where there is one."""
-    differs = torch.stack([(c != c[:1]).reshape(len(c), -1).any(1) for c in columns]).any(0)
-    other = int(differs.int().argmax())
-    return tuple(column[[0, other]] for column in columns)
+    first = tuple(column[:1] for column in columns)
+    for rows in row_slices(*columns):
+        pairs = [(column[rows], one) for column, one in zip(columns, first, strict=True)]
+        differs = torch.stack([(some != one).reshape(len(some), -1).any(1) for some, one in pairs]).any(0)
+        if differs.any():
+            other = rows.start + int(differs.int().argmax())
+            return tuple(column[[0, other]] for column in columns)
+    return tuple(column[[0, 0]] for column in columns)
 
 
 def _tell_two(story: Story, rows: Columns) -> tuple[Trace, dict[str, int]]:

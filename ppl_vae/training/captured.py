@@ -19,6 +19,7 @@ from ppl_vae.capture import CaptureError, Program, capture, clones, first_line
 from ppl_vae.traces import Story
 from ppl_vae.training.optimizers import frozen_numbers, held_by, is_fused, tensors_in, traced_step
 from ppl_vae.training.steps import Tally, Task, average_and_clip, gradients_of
+from ppl_vae.training.supply import Batch, Part, Supply, are_stored, supply
 
 log = logging.getLogger("ppl_vae")
 
@@ -85,78 +86,66 @@ class CapturedEngine:
         Raises:
             CaptureError: saying why the step cannot be captured; the tally counts the batches that were taken.
         """
-        batches = self.task.batches(tally.epoch)
-        while not self.started and tally.number < len(batches):
-            self._start(tally, batches[tally.number])
-        if not self.started:
-            return
-        if (frozen := _frozen(self.task)) != self.frozen:
-            self._capture(tally.epoch, batches)
-            self.frozen = frozen
-        inputs, unread = self._inputs(), _Unread(tally, STEPS_UNTIL_READ if self.on_cuda else 1)
-        whole = sum(len(rows) == self.task.batch_size for rows in batches)
+        with supply(self.task, tally.epoch) as batches:
+            while not self.started and tally.number < len(batches):
+                self._start(tally, batches[tally.number])
+            if self.started:
+                if (now := frozen(self.task)) != self.frozen:
+                    self._capture(batches)
+                    self.frozen = now
+                self._take(tally, batches)
+
+    def _take(self, tally: Tally, batches: Supply) -> None:
+        """Takes every step that is left."""
+        state, settings = state_of(self.task), settings_of(self.task)
+        unread = _Unread(tally, STEPS_UNTIL_READ if self.on_cuda else 1)
+        whole = sum(len(rows) == self.task.batch_size for rows in batches.rows)
         number = tally.number
         while number < len(batches):
             self.task.reseed(tally.epoch, number)
             if self.group and number + STEPS_PER_CALL <= whole:
                 unread.read()
-                rows = torch.stack(tuple(batches[number : number + STEPS_PER_CALL]))
-                unread.add(*self._several(inputs, rows), rows.shape[1])
+                rows = torch.stack(tuple(batches.rows[number : number + STEPS_PER_CALL]))
+                unread.add(*self._several([*state, *self.task.columns, *settings], rows), rows.shape[1])
                 number += STEPS_PER_CALL
             else:
-                rows = batches[number]
-                loss, norm = self.steps[len(rows)](*inputs, rows)
-                unread.add(loss.reshape(1), norm.reshape(1), len(rows))
+                (part,) = batches[number].parts
+                loss, norm = self.steps[len(part.rows)](*state, *part.columns, *settings, part.rows)
+                unread.add(loss.reshape(1), norm.reshape(1), len(part.rows))
                 number += 1
             tally.rest(unread.read)
         unread.read()
 
-    def _start(self, tally: Tally, rows: Tensor) -> None:
+    def _start(self, tally: Tally, batch: Batch) -> None:
         """One eager step, for real: it makes the optimizer's state, and counts the arithmetic."""
         if self.on_cuda:
             for group in self.task.optimizer.param_groups:
                 group.update({"capturable": True} if "capturable" in group else {})
-        self.task.reseed(tally.epoch, tally.number)
         with FlopCounterMode(display=False) as counter:
-            loss, self.started = eager_step(self.task, rows)
+            loss, self.started = eager_step(self.task, batch)
         self.flops = counter.get_total_flops()
-        tally.add(loss, self.started, len(rows))
+        tally.add(loss, self.started, batch.size)
 
-    def _inputs(self) -> list[Tensor]:
-        """What every step of an epoch is handed, but for its rows."""
-        factor = torch.tensor(self.task.tempering.factor, dtype=torch.float64)  # as precise as Python's own
-        kind = torch.float32 if self.on_cuda else torch.float64  # what fused optimizers read there
-        rates = [torch.tensor(float(group["lr"]), dtype=kind) for group in self.task.optimizer.param_groups]
-        numbers = [number.to(self.task.device) for number in (factor, *rates)]
-        return [*state_of(self.task), *self.task.columns, *numbers]
-
-    def _capture(self, epoch: int, batches: Sequence[Tensor]) -> None:
+    def _capture(self, batches: Supply) -> None:
         """Traces a step of each batch size, and compares its first replay with an eager step."""
         self.steps, self.group, self.has_compiled = {}, None, False
         operations = 0
-        for number in {0, len(batches) - 1}:
-            rows = batches[number]
-            if len(rows) in self.steps:
-                continue
-            step, operations = _captured(self.task, [*self._inputs(), rows])
-            self.task.reseed(epoch, number)
+        examples = {len(batches.rows[number]): batches[number] for number in (-1, 0)}
+        for size, batch in examples.items():
+            inputs = inputs_of(self.task, batch.parts[0])
+            step, operations = _captured(self.task, inputs)
+            self.task.reseed(batch.epoch, batch.number)
             with _unchanged(self.task) as before:
-                loss, _ = step(*self._inputs(), rows)
+                loss, _ = step(*inputs)
                 replayed = [loss, *clones(state_of(self.task))]
-            self.task.reseed(epoch, number)
             with _unchanged(self.task):
-                loss, _ = eager_step(self.task, rows)
-                _compare(replayed, [torch.tensor(loss), *state_of(self.task)], [torch.zeros(()), *before])
-            self.steps[len(rows)] = step
+                loss, _ = eager_step(self.task, batch)
+                compare(replayed, [torch.tensor(loss), *state_of(self.task)], [torch.zeros(()), *before])
+            self.steps[size] = step
         if self.on_cuda:
-            self.steps = {len(rows): self._graphed(rows) for rows in (batches[0], batches[-1])}
-        elif self.compiled or (self.compiled is None and self._pays(operations)):
-            self._compile(batches[0])
-
-    def _pays(self, operations: int) -> bool:
-        """Whether compiling a step of so many operations saves more time than it takes."""
-        seconds = SECONDS_SAVED_PER_STEP + SHARE_OF_ARITHMETIC_SAVED * self.flops / FLOPS_PER_SECOND
-        return self.total_steps * seconds > max(SECONDS_TO_COMPILE, SECONDS_TO_COMPILE_EACH * operations)
+            self.steps = {size: self._graphed(size, batch.parts[0]) for size, batch in examples.items()}
+        elif self.compiled or (self.compiled is None and pays(self.total_steps, self.flops, operations)):
+            self._compile(examples[len(batches.rows[0])].parts[0])
 
     def _several(self, inputs: list[Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
         """Several steps in one compiled call; one by one, if that met a gradient that is not finite."""
@@ -170,17 +159,20 @@ class CapturedEngine:
         losses, norms = zip(*(self.steps[len(batch)](*inputs, batch) for batch in rows), strict=True)
         return torch.stack(losses), torch.stack(norms)
 
-    def _compile(self, rows: Tensor) -> None:
-        """Several small steps in one compiled call, or one large step but for its optimizer, which is fused already."""
+    def _compile(self, part: Part) -> None:
+        """Several small steps in one compiled call, or one large step but for its optimizer, which is fused already.
+
+        Rows that are read from disk come batch by batch, so their steps are compiled one by one.
+        """
         try:
-            if self.flops < LARGE_STEP:
-                self.group = self._compiled_group(torch.stack([rows] * STEPS_PER_CALL))
+            if self.flops < LARGE_STEP and not are_stored(self.task.columns):
+                self.group = self._compiled_group(torch.stack([part.rows] * STEPS_PER_CALL))
             else:
-                function, inputs = StepFunction(self.task, "outside", compiled=True), [*self._inputs(), rows]
-                program = _trainable(capture(function, *inputs)).compiled(*inputs)
+                function, inputs = StepFunction(self.task, "outside", compiled=True), inputs_of(self.task, part)
+                program = trainable(capture(function, *inputs)).compiled(*inputs)
                 with _unchanged(self.task):
                     program(*inputs)  # what is compiled late, is compiled now
-                self.steps[len(rows)] = _with_eager_optimizer(program, function.trained, self.task.optimizer)
+                self.steps[len(part.rows)] = _with_eager_optimizer(program, function.trained, self.task.optimizer)
             self.has_compiled = True
         except CaptureError as error:
             if self.compiled:
@@ -205,17 +197,19 @@ class CapturedEngine:
             moved = [tensor.sum() for tensor in state if tensor.is_floating_point()]
             return losses, torch.stack([part.to(losses) for part in moved]).sum()
 
-        inputs = [*self._inputs(), rows]
+        inputs = [*state_of(self.task), *self.task.columns, *settings_of(self.task), rows]
         group = capture(several, *inputs).compiled(*inputs, many_small=True)
         with _unchanged(self.task):
             group(*inputs)
         return group
 
-    def _graphed(self, rows: Tensor) -> Step:
-        """A step as one CUDA graph."""
+    def _graphed(self, size: int, part: Part) -> Step:
+        """A step as one CUDA graph; columns that are read from disk are other tensors each time."""
+        columns = () if are_stored(self.task.columns) else self.task.columns
+        num_constant = len(state_of(self.task)) + len(columns)
         with _unchanged(self.task):
             try:
-                return _CudaGraph(self.steps[len(rows)], [*self._inputs(), rows], num_constant=len(state_of(self.task)))
+                return _CudaGraph(self.steps[size], inputs_of(self.task, part), num_constant)
             except RuntimeError as error:  # for instance a shape that depends on the data
                 raise CaptureError(f"CUDA cannot record its step ({first_line(error)})") from error
 
@@ -223,14 +217,42 @@ class CapturedEngine:
 # A step
 
 
-def eager_step(task: Task, rows: Tensor) -> tuple[float, bool]:
+def eager_step(task: Task, batch: Batch) -> tuple[float, bool]:
     """A step as Pyro and torch take it; returns the loss and whether the gradient was finite, so that it was taken."""
-    loss = task.loss_and_grads(*task.batch(task.columns, rows))
-    norm = average_and_clip(held_by(task.optimizer), len(rows), task.clip)
+    loss = 0.0
+    for part in batch.parts:
+        task.reseed(batch.epoch, batch.number, part.shard)
+        loss += float(task.loss_and_grads(*task.batch(part.columns, part.rows)))
+    return move(task, loss, batch.size)
+
+
+def move(task: Task, loss: float, num_observations: int) -> tuple[float, bool]:
+    """Moves the parameters by the gradients of all processes; returns what :func:`eager_step` does."""
+    loss = task.add_up(loss)
+    norm = average_and_clip(held_by(task.optimizer), num_observations, task.clip)
     if taken := bool(norm.isfinite()):
         task.optimizer.step()
     task.optimizer.zero_grad()
-    return float(loss), taken
+    return loss, taken
+
+
+def pays(total_steps: int, flops: int, operations: int) -> bool:
+    """Whether compiling a step of so many operations, which do so much arithmetic, saves more time than it takes."""
+    seconds = SECONDS_SAVED_PER_STEP + SHARE_OF_ARITHMETIC_SAVED * flops / FLOPS_PER_SECOND
+    return total_steps * seconds > max(SECONDS_TO_COMPILE, SECONDS_TO_COMPILE_EACH * operations)
+
+
+def inputs_of(task: Task, part: Part) -> list[Tensor]:
+    """What a captured step is handed."""
+    return [*state_of(task), *part.columns, *settings_of(task), part.rows]
+
+
+def settings_of(task: Task) -> list[Tensor]:
+    """What changes between epochs: the factor of a warm-up, and the learning rate of each group of parameters."""
+    factor = torch.tensor(task.tempering.factor, dtype=torch.float64)  # as precise as Python's own
+    kind = torch.float32 if task.device.type == "cuda" else torch.float64  # what fused optimizers read there
+    rates = [torch.tensor(float(group["lr"]), dtype=kind) for group in task.optimizer.param_groups]
+    return [number.to(task.device) for number in (factor, *rates)]
 
 
 def state_of(task: Task) -> list[Tensor]:
@@ -244,16 +266,20 @@ class StepFunction:
     """A training step as a function of tensors alone, for tracing: ``(*state, *columns, factor, *rates, rows)``.
 
     Returns the loss and the norm of the gradient, both of shape ``()``. With the optimizer "outside" the averaged and
-    clipped gradients follow, and nothing has moved.
+    clipped gradients follow, and nothing has moved; "after others" they are summed over the rows, to be added to those
+    of other parts of the batch.
 
     Attributes:
         optimizer: inside the step, "fused" or "guarded" (in single operations), where both stay put if the gradient is
-            not finite, or "unguarded"; or "outside" of it.
+            not finite, or "unguarded"; or "outside" of it; or "after others".
         trained: parameters that have a gradient; known after a trace.
     """
 
     def __init__(
-        self, task: Task, optimizer: Literal["fused", "guarded", "unguarded", "outside"], compiled: bool = False
+        self,
+        task: Task,
+        optimizer: Literal["fused", "guarded", "unguarded", "outside", "after others"],
+        compiled: bool = False,
     ) -> None:
         self.task = task
         self.compiled = compiled
@@ -276,12 +302,12 @@ class StepFunction:
         factor, rates = next(given), [next(given) for _ in groups]
 
         loss = self._loss_and_grads(leaves, buffers, self.task.batch(columns, rows), factor)
-        size = len(rows)
-        divided_later = size if self.optimizer == "fused" and self.task.clip is None else 1
-        norm = average_and_clip(leaves.values(), size // divided_later, self.task.clip, together=not self.compiled)
+        size, clip = (1, None) if self.optimizer == "after others" else (len(rows), self.task.clip)
+        divided_later = size if self.optimizer == "fused" and clip is None else 1
+        norm = average_and_clip(leaves.values(), size // divided_later, clip, together=not self.compiled)
         self.trained = [p for p, leaf in zip(parameters, leaves.values(), strict=True) if leaf.grad is not None]
         gradients = gradients_of(leaves.values())
-        if self.optimizer == "outside":
+        if self.optimizer in ("outside", "after others"):
             return loss.detach(), norm, *gradients
         for parameter, gradient in zip(self.trained, gradients, strict=True):
             parameters[parameter].grad = gradient
@@ -347,12 +373,12 @@ def _captured(task: Task, inputs: Sequence[Tensor]) -> tuple[Step, int]:
     """A replayable step, and its number of operations; the optimizer is inside where it is fused, or CUDA allows it."""
     for optimizer in _inside(task):
         try:
-            program = _trainable(capture(StepFunction(task, optimizer), *inputs))
+            program = trainable(capture(StepFunction(task, optimizer), *inputs))
             return program, len(program.graph.graph.nodes)
         except CaptureError as error:
             log.debug("the optimizer stays outside the captured step: %s", error)
     function = StepFunction(task, "outside")
-    program = _trainable(capture(function, *inputs))
+    program = trainable(capture(function, *inputs))
     return _with_eager_optimizer(program, function.trained, task.optimizer), len(program.graph.graph.nodes)
 
 
@@ -362,7 +388,7 @@ def _inside(task: Task) -> Sequence[Literal["fused", "guarded"]]:
     return ("guarded",) if task.device.type == "cuda" else ()
 
 
-def _trainable(program: Program) -> Program:
+def trainable(program: Program) -> Program:
     """The program, if it reaches no parameter but the story's, which are handed in."""
     if any(constant.requires_grad for constant in program.constants):
         raise CaptureError("it trains a tensor that is no parameter of the story")
@@ -387,7 +413,7 @@ def _with_eager_optimizer(
 # What is frozen, and whether the replay is right
 
 
-def _frozen(task: Task) -> Any:
+def frozen(task: Task) -> Any:
     """What a trace freezes and a user may change between epochs: a trace belongs to one value of it."""
     internal = vars(nn.Module()).keys()
     numbers = [
@@ -420,7 +446,7 @@ def _unchanged(task: Task) -> Iterator[list[Tensor]]:
             task.optimizer.state[parameter].update(state)
 
 
-def _compare(replayed: Sequence[Tensor], eager: Sequence[Tensor], before: Sequence[Tensor]) -> None:
+def compare(replayed: Sequence[Tensor], eager: Sequence[Tensor], before: Sequence[Tensor]) -> None:
     """Raises CaptureError when a replay did not do what an eager step with the same noise does.
 
     Differences are measured in units of the change: rounding may turn the sign of an entry that is zero but for it.

@@ -74,14 +74,24 @@ class Checkpoints:
         self.training = training
         self.written = time.monotonic()
         self.signal: int | None = None
+        self.ranks = training.task.ranks
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(".step-*"):  # by a process that was killed while it wrote
+        for left in folder.glob(".step-*") if self.ranks.is_first else ():  # by a process that was killed
             left.unlink(missing_ok=True)
 
     @property
     def are_due(self) -> bool:
-        """Whether it is time for one."""
-        return self.signal is not None or time.monotonic() - self.written >= self.every
+        """Whether it is time for one; all processes find so after the same step."""
+        is_late = time.monotonic() - self.written >= self.every
+        if self.ranks.size == 1:
+            return is_late or self.signal is not None
+        notice = self.training.task.notice
+        wanted, interrupted, terminated = notice.of_all
+        own = is_late and self.ranks.is_first, self.signal == signal.SIGINT, self.signal == signal.SIGTERM
+        notice.own = [float(wish) for wish in own]
+        if interrupted or terminated:
+            self.signal = signal.SIGINT if interrupted else signal.SIGTERM
+        return wanted > 0 or (self.signal is not None and interrupted + terminated > 0)
 
     def write(self, tally: Tally) -> None:
         """Writes where the training is, and drops all but the last two; then ends the training if a signal said so.
@@ -89,16 +99,16 @@ class Checkpoints:
         Raises:
             OSError: when the file cannot be written; those before it are as they were.
         """
-        tensors, about = _state(self.training, tally)
-        file = self.folder / f"step-{tally.step:010d}.safetensors"
-        checkpoint.write(file, tensors, about)
-        for old in files_in(self.folder)[KEPT:]:
-            old.unlink(missing_ok=True)
+        if self.ranks.is_first:
+            tensors, about = _state(self.training, tally)
+            checkpoint.write(self.folder / f"step-{tally.step:010d}.safetensors", tensors, about)
+            for old in files_in(self.folder)[KEPT:]:
+                old.unlink(missing_ok=True)
         self.written = time.monotonic()
-        if self.signal == signal.SIGINT:
-            raise KeyboardInterrupt
+        self.training.task.notice.own = [0.0, 0.0, 0.0]
         if self.signal is not None:
-            raise SystemExit(128 + self.signal)
+            self.ranks.wait()  # a process that ends may take the others with it
+            raise KeyboardInterrupt if self.signal == signal.SIGINT else SystemExit(128 + self.signal)
 
     @contextmanager
     def finishing_steps(self) -> Iterator[None]:
@@ -139,7 +149,7 @@ def _state(training: Training, tally: Tally) -> tuple[dict[str, Tensor], dict[st
         "schedule": None if training.scheduler is None else training.scheduler.state_dict(),
         "engine": {"name": training.engine.name} | training.engine.learned,
         "asked": training.asked,
-        "environment": environment(training.task.device),
+        "environment": environment(training.task),
     }
     return tensors, about
 
@@ -148,10 +158,20 @@ def _without_parameters(group: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in group.items() if name != "params"}
 
 
-def environment(device: torch.device) -> dict[str, str]:
+def environment(task: Task) -> dict[str, str]:
     """What bits depend on beside the training itself."""
+    device = task.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    return checkpoint.versions() | {"device": f"{device.type} ({name})", "threads": str(torch.get_num_threads())}
+    return checkpoint.versions() | {
+        "device": f"{device.type} ({name})",
+        "threads": str(torch.get_num_threads()),
+        "shards": str(task.shards),
+        "processes": str(task.ranks.size),
+    }
+
+
+# What training was before it could be shared.
+ALONE = {"shards": "1", "processes": "1"}
 
 
 # Reading
@@ -185,6 +205,15 @@ def rows_in(path: Path) -> list[Row]:
     return rows
 
 
+def shards_in(path: Path) -> int:
+    """Into how many parts batches were cut in the training of a checkpoint, or of the latest in a folder."""
+    file, about, _ = _read(path)
+    try:
+        return int((ALONE | about["training"]["environment"])["shards"])
+    except MALFORMED:
+        raise ValueError(f"{str(file)!r} holds a story and no training to go on with.") from None
+
+
 def restore(path: Path, training: Training) -> Tally:
     """Puts a training where a checkpoint is, and returns the tally of the epoch that was under way.
 
@@ -204,7 +233,7 @@ def restore(path: Path, training: Training) -> Tally:
     if not isinstance(kept, dict):
         raise ValueError(f"{str(file)!r} holds a story and no training to go on with.")
     _refuse_other(file, kept.get("asked"), training.asked)
-    _warn_of_other(kept.get("environment"), environment(training.task.device))
+    _warn_of_other(kept.get("environment"), environment(training.task))
     try:
         return _put_back(file, about, tensors, kept, training)
     except MALFORMED as error:
@@ -221,7 +250,7 @@ def _refuse_other(file: Path, there: Any, here: dict[str, Any]) -> None:
 
 
 def _warn_of_other(there: Any, here: dict[str, str]) -> None:
-    there = there if isinstance(there, dict) else {}
+    there = ALONE | (there if isinstance(there, dict) else {})
     differing = [
         f"{name} {there.get(name)!s:.40} there and {value} here"
         for name, value in here.items()

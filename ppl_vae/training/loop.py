@@ -1,6 +1,7 @@
 """fit: stochastic variational inference from the first epoch to the best weights."""
 
 import copy
+import json
 import logging
 import math
 import os
@@ -24,17 +25,21 @@ from ppl_vae.checks import Transform
 from ppl_vae.memory import within_memory
 from ppl_vae.noise import Purpose
 from ppl_vae.objectives import FreeBitsELBO, SummedOutELBO
+from ppl_vae.ranks import here as ranks_here
+from ppl_vae.stored import Stored
 from ppl_vae.traces import Columns, Story, sample_sites
 from ppl_vae.training.best import Best
 from ppl_vae.training.captured import CapturedEngine
-from ppl_vae.training.checkpoints import Checkpoints, Training, restore
+from ppl_vae.training.checkpoints import Checkpoints, Training, restore, shards_in
 from ppl_vae.training.history import History, Row
+from ppl_vae.training.shared import SharedEngine
 from ppl_vae.training.steps import Engine, Optimizer, Tally, Task, Tempering
 from ppl_vae.training.svi import SVIEngine
 
 log = logging.getLogger("ppl_vae")
 
 VALIDATION_ROWS = 1024
+ROWS_COMPARED = 4096
 
 ADAM = partial(torch.optim.Adam, lr=1e-3, fused=True)
 
@@ -61,6 +66,7 @@ def fit(
     clip: float | None = None,
     patience: int | None = None,
     callbacks: Sequence[Callback] = (),
+    shards: int | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
     progress: bool | None = None,
@@ -73,6 +79,9 @@ def fit(
     Hoffman, Blei, Wang & Paisley 2013, https://arxiv.org/abs/1206.7055. The story and the data are checked first. With
     ``validation`` the story ends with the weights of its best epoch on those data, also when it is interrupted. The
     user's parameter store and generators are left as they were; a batch's noise depends on seed and number alone.
+
+    Under ``torchrun`` every process calls this with the same arguments, takes its share of each batch, and ends with
+    the same story. The first one writes the checkpoints; the story starts as it is there.
 
     Args:
         story: an ``nn.Module`` with ``model`` and ``guide``; trained in place.
@@ -101,7 +110,11 @@ def fit(
         schedule: makes a torch learning rate scheduler of the optimizer, stepped after each epoch.
         clip: largest norm of the gradient of the mean loss per observation.
         patience: stop after so many epochs without a better validation ELBO.
-        callbacks: called with the story and the row of each epoch.
+        callbacks: called with the story and the row of each epoch, in every process.
+        shards: cut each batch into so many parts, and add up their gradients: processes take the parts between them,
+            and one process takes one after the other, for a batch that does not fit in memory. Each part has noise of
+            its own, so that the result depends on ``shards``, and on the number of processes by rounding alone. None is
+            the number of processes.
         seed: rules order, noise and transform.
         device: moves the story there first; None is where it is. Data follow the story, whole.
         progress: show a bar; None means when standard error is a terminal.
@@ -110,8 +123,8 @@ def fit(
         checkpoint_every: seconds between them; the end of the training leaves one, too.
         resume: a folder of checkpoints, or one of them, to go on with, in the middle of an epoch if need be. Story,
             data and settings must be those of the interrupted training, but for ``epochs``, which is the total, and the
-            result is the same bit for bit on the same device, versions and number of threads. The callbacks' own state
-            is not kept.
+            result is the same bit for bit on the same device, versions, and numbers of threads, shards and processes.
+            Another number of processes keeps the shards where there are enough. The callbacks' own state is not kept.
 
     Returns:
         The :class:`History`.
@@ -124,6 +137,7 @@ def fit(
         MemoryError: when a batch does not fit.
         CaptureError: when ``engine="captured"`` was asked for and the story cannot be captured.
         FloatingPointError: when loss or gradient are not finite for ten batches in a row, or no validation ELBO is.
+        RuntimeError: when another process of the same ``torchrun`` has died, or its parameters differ.
 
     >>> from ppl_vae import VAE, likelihoods, networks, posteriors, priors
     >>> vae = VAE(
@@ -136,14 +150,16 @@ def fit(
     ([1, 2, 3], True)
     """
     held_out = () if validation is None else (validation,) if isinstance(validation, Tensor) else tuple(validation)
-    _check_arguments(columns, held_out, epochs, batch_size, kl_warmup, clip, patience, engine, compile)
+    _check_arguments(columns, held_out, epochs, batch_size, kl_warmup, clip, patience, engine, compile, shards)
     _check_objective(loss, beta, free_bits)
+    ranks = ranks_here()
     if device is not None:
         story.to(traces.device_named(device))
     checks.check(story, *columns, transform=transform)
     if held_out:
         checks.dry_run(story, *held_out)
     columns, held_out = traces.to_story(story, columns), traces.to_story(story, held_out)
+    ranks.copy_from_first(_tensors_of(story))
     device, _ = traces.device_and_dtype(story)
     drawn, summed_out = _latents(story, columns, transform)
     objectives.check_names("beta", beta, drawn)
@@ -154,20 +170,22 @@ def fit(
     torch_optimizer.zero_grad()
     scheduler = schedule(torch_optimizer) if schedule else None
     tempering, dtype = Tempering(beta), torch.bfloat16 if mixed_precision else None
-    task = Task(
-        story, columns, batch_size, elbo, torch_optimizer, clip, transform, tempering, bool(kl_warmup), dtype, seed
-    )
+    shards = shards or max(ranks.size, 1 if resume is None else shards_in(Path(resume)))
+    how = (tempering, bool(kl_warmup), dtype, seed, shards, ranks)
+    task = Task(story, columns, batch_size, elbo, torch_optimizer, clip, transform, *how)
     engines = _Engines(task, engine, compile, epochs * task.batches_in_epoch)
     history, best = History(engine=engines.name), Best(story, patience, kl_warmup)
     asked = {"clip": clip, "kl_warmup": kl_warmup, "patience": patience, "engine": engine}
     asked |= {"beta": _plain(beta), "free_bits": _plain(free_bits), "validation": len(held_out[0]) if held_out else 0}
     kept = checkpoints is not None or resume is not None
     training = Training(task, scheduler, history, best, engines, _settings(task) | asked if kept else {})
+    sizes = {"epochs": epochs, "batch_size": batch_size, "observations": len(columns[0]), "shards": shards}
+    ranks.refuse_different("training", json.dumps(asked | sizes | {"seed": seed}))
     tally = Tally(task, 1) if resume is None else restore(Path(resume), training)
     keeper = None if checkpoints is None else Checkpoints(Path(checkpoints), checkpoint_every, training)
     validate = partial(_validate, task, held_out_elbo, held_out) if held_out else None
 
-    hidden = None if progress is None else not progress
+    hidden = not ranks.is_first or (None if progress is None else not progress)
     bar = tqdm(total=epochs, initial=len(history), desc="training", unit="epoch", disable=hidden)
     with bar, best, _training(story, device), nullcontext() if keeper is None else keeper.finishing_steps():
         while tally.epoch <= epochs and not best.is_over(tally.epoch - 1):
@@ -190,6 +208,7 @@ def _take_epoch(training: Training, tally: Tally, validate: Callable[[], float] 
     """The rest of an epoch, judged and written into the history."""
     started, task, rate = time.perf_counter(), training.task, training.task.optimizer.param_groups[0]["lr"]
     training.history.engine = training.engine.take_epoch(tally)
+    _keep_equal(task)
     row: Row = {"epoch": tally.epoch, "step": tally.epoch * task.batches_in_epoch} | tally.row
     row |= {"kl_factor": cast(float, task.tempering.factor), "learning_rate": rate}
     if training.scheduler is not None:
@@ -202,6 +221,24 @@ def _take_epoch(training: Training, tally: Tally, validate: Callable[[], float] 
     return row
 
 
+def _keep_equal(task: Task) -> None:
+    """Gives every process the first one's buffers; raises RuntimeError when parameters are not equal by themselves."""
+    ranks = task.ranks
+    if ranks.size == 1:
+        return
+    ranks.copy_from_first([buffer for _, buffer in task.story.named_buffers()])
+    prints = ranks.gather(checkpoint.fingerprint(p.detach() for _, p in task.story.named_parameters()).encode())
+    if len(set(prints)) > 1:
+        strangers = [number for number, other in enumerate(prints) if other != prints[0]]
+        raise RuntimeError(f"The parameters of the processes {strangers} differ from those of the first.")
+
+
+def _tensors_of(story: Story) -> list[Tensor]:
+    """Parameters and buffers, to be written to."""
+    parameters = [parameter.detach() for _, parameter in story.named_parameters()]
+    return [*parameters, *(buffer for _, buffer in story.named_buffers())]
+
+
 def _plain(weights: float | Mapping[str, float] | None) -> float | dict[str, float] | None:
     return dict(weights) if isinstance(weights, Mapping) else weights
 
@@ -212,12 +249,19 @@ def _settings(task: Task) -> dict[str, Any]:
     return {
         "seed": task.seed,
         "batch_size": task.batch_size,
-        "data": checkpoint.fingerprint(task.columns),
+        "data": checkpoint.fingerprint(_some_rows(column) for column in task.columns),
         "loss": type(task.loss).__name__,
         "optimizer": type(task.optimizer).__name__,
         "transform": getattr(transform, "__name__", type(transform).__name__),
         "precision": str(task.precision),
     }
+
+
+def _some_rows(column: Tensor) -> Tensor:
+    """A column, or rows from all over it where it lies on disk."""
+    if not isinstance(column, Stored):
+        return column
+    return column[torch.linspace(0, len(column) - 1, min(len(column), ROWS_COMPARED)).long()]
 
 
 class _Engines:
@@ -228,7 +272,8 @@ class _Engines:
     ) -> None:
         self.task = task
         self.may_change = wanted == "auto"
-        self.current: Engine = SVIEngine(task) if wanted == "svi" else CapturedEngine(task, total_steps, compiled)
+        captured = SharedEngine if task.is_shared else CapturedEngine
+        self.current: Engine = SVIEngine(task) if wanted == "svi" else captured(task, total_steps, compiled)
 
     @property
     def name(self) -> str:
@@ -287,13 +332,16 @@ def _losses(loss: ELBO | None, free_bits: float | Mapping[str, float] | None, su
 
 def _validate(task: Task, elbo: ELBO, held_out: Columns) -> float:
     """The objective on held-out data in eval mode, its latent terms unscaled, with the same noise every time."""
-    total, size = 0.0, math.ceil(VALIDATION_ROWS / elbo.num_particles)
+    size = math.ceil(VALIDATION_ROWS / elbo.num_particles)
+    starts = range(0, len(held_out[0]), size)
+    losses = torch.zeros(len(starts), dtype=torch.float64, device=task.device)
     with traces.evaluating(task.story):
-        for start in range(0, len(held_out[0]), size):
-            noise.reseed(task.device, task.seed, Purpose.VALIDATION, start)
-            rows = (column[start : start + size] for column in held_out)
-            total -= float(cast(Any, elbo).loss(*task.programs(tempered=False), *rows))
-    return total / len(held_out[0])
+        for number in task.ranks.mine(range(len(starts))):
+            noise.reseed(task.device, task.seed, Purpose.VALIDATION, starts[number])
+            rows = (column[starts[number] : starts[number] + size] for column in held_out)
+            losses[number] = float(cast(Any, elbo).loss(*task.programs(tempered=False), *rows))
+    task.ranks.add([losses])
+    return -sum(losses.tolist()) / len(held_out[0])
 
 
 @contextmanager
@@ -335,7 +383,10 @@ def _check_arguments(
     patience: int | None,
     engine: str,
     compile: bool | None,
+    shards: int | None,
 ) -> None:
+    if shards is not None:
+        checks.check_at_least(1, shards=shards)
     for name, value, least in (("epochs", epochs, 1), ("batch_size", batch_size, 1), ("kl_warmup", kl_warmup, 0)):
         if value < least:
             raise ValueError(f"{name} must be at least {least}; found {value}.")

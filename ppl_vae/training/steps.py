@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, Self, cast
 
@@ -17,6 +17,7 @@ from ppl_vae import noise, objectives, traces
 from ppl_vae.checks import Transform
 from ppl_vae.noise import Purpose
 from ppl_vae.precision import matrix_products_in
+from ppl_vae.ranks import Ranks
 from ppl_vae.traces import Columns, Story
 
 SKIPPED_STEPS_ALLOWED = 10
@@ -52,6 +53,9 @@ class Task:
     Attributes:
         warms_up: whether the factor of ``tempering`` ever differs from 1.
         precision: dtype of matrix products; None is the story's.
+        shards: parts of each batch, whose gradients are added up.
+        ranks: the processes that take these parts.
+        notice: what the processes tell each other with every step.
     """
 
     story: Story
@@ -65,6 +69,14 @@ class Task:
     warms_up: bool
     precision: torch.dtype | None
     seed: int
+    shards: int = 1
+    ranks: Ranks = field(default_factory=Ranks)
+    notice: "Notice" = field(default_factory=lambda: Notice())
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether a step is put together from parts."""
+        return self.shards > 1 or self.ranks.size > 1
 
     @property
     def device(self) -> torch.device:
@@ -81,9 +93,13 @@ class Task:
         order = noise.permutation(len(self.columns[0]), self.seed, epoch).to(self.device)
         return order.split(self.batch_size)
 
-    def reseed(self, epoch: int, number: int) -> None:
-        """Starts the noise of a batch."""
-        noise.reseed(self.device, self.seed, Purpose.TRAINING, epoch, number)
+    def parts(self, rows: Tensor) -> list[tuple[int, Tensor]]:
+        """The row numbers of each part of a batch that is not empty, and which part it is."""
+        return [(shard, some) for shard, some in enumerate(rows.tensor_split(self.shards)) if len(some)]
+
+    def reseed(self, epoch: int, number: int, shard: int = 0) -> None:
+        """Starts the noise of a batch, or of a part of it."""
+        noise.reseed(self.device, self.seed, Purpose.TRAINING, epoch, number, *((shard,) if self.shards > 1 else ()))
 
     def batch(self, columns: Columns, rows: Tensor) -> Columns:
         """These rows, the first column transformed."""
@@ -113,21 +129,52 @@ class Task:
         with matrix_products_in(self.precision):
             return cast(Any, self.loss).loss_and_grads(*self.programs(), *batch)
 
+    def add_up(self, loss: float) -> float:
+        """The loss of a batch from those of each process's parts of it; the same is done with the gradients.
+
+        A parameter that no process has a gradient for has none afterwards either.
+        """
+        if self.ranks.size == 1:
+            return loss
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        known = torch.tensor([float(p.grad is not None) for p in parameters], device=self.device)
+        numbers = torch.tensor([loss, *self.notice.own], dtype=torch.float64, device=self.device)
+        self.ranks.add([*gradients, known, numbers])
+        for parameter, gradient, times in zip(parameters, gradients, known.tolist(), strict=True):
+            parameter.grad = gradient if times else None
+        loss, *self.notice.of_all = numbers.tolist()
+        return loss
+
     def explain_non_finite(self, epoch: int, number: int) -> str:
         """Names the first site of a batch whose log probability is not finite."""
-        self.reseed(epoch, number)
-        with torch.no_grad():
-            model_trace, guide_trace = traces.run(self.story, *self.batch(self.columns, self.batches(epoch)[number]))
         where = "none: only the gradient overflows; try a smaller learning rate, or clip"
-        for trace, part in ((model_trace, "model"), (guide_trace, "guide")):
-            trace.compute_log_prob()
-            for name, site in reversed(traces.sample_sites(trace).items()):
-                if not bool(torch.isfinite(site["log_prob"]).all()):
-                    where = f"site {name!r} of the {part}"
+        for shard, rows in reversed(self.parts(self.batches(epoch)[number])):
+            self.reseed(epoch, number, shard)
+            with torch.no_grad():
+                model_trace, guide_trace = traces.run(self.story, *self.batch(self.columns, rows))
+            for trace, part in ((model_trace, "model"), (guide_trace, "guide")):
+                trace.compute_log_prob()
+                for name, site in reversed(traces.sample_sites(trace).items()):
+                    if not bool(torch.isfinite(site["log_prob"]).all()):
+                        where = f"site {name!r} of the {part}"
         return (
             f"The loss or its gradient was not finite for {SKIPPED_STEPS_ALLOWED} batches in a row (epoch {epoch}, "
             f"batch {number}, seed {self.seed}); none of these steps was taken. First site that is not finite: {where}."
         )
+
+
+class Notice:
+    """What the processes of a training tell each other with every step; each number is added up.
+
+    Attributes:
+        own: what this process has to say.
+        of_all: what all together said with the last step.
+    """
+
+    def __init__(self) -> None:
+        self.own = [0.0, 0.0, 0.0]
+        self.of_all = [0.0, 0.0, 0.0]
 
 
 def average_and_clip(

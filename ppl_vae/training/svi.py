@@ -1,6 +1,6 @@
 """The reference engine: pyro.infer.SVI, one step after another."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -10,6 +10,9 @@ from pyro.optim import PyroOptim
 from ppl_vae.precision import matrix_products_in
 from ppl_vae.training.optimizers import held_by
 from ppl_vae.training.steps import Tally, Task, average_and_clip
+from ppl_vae.training.supply import Batch, supply
+
+Program = Callable[..., Any]
 
 
 class WholeStoryOptimizer(PyroOptim):
@@ -42,7 +45,7 @@ class SVIEngine:
     def __init__(self, task: Task) -> None:
         self.task = task
         self.optimizer = WholeStoryOptimizer(task.optimizer, task.clip)
-        self.svi = SVI(*task.programs(), self.optimizer, task.loss)
+        self.svi = SVI(*task.programs(), self.optimizer, cast(Any, task.loss).loss, self._loss_and_grads)
 
     @property
     def learned(self) -> dict[str, float | int]:
@@ -54,11 +57,20 @@ class SVIEngine:
 
     def epoch(self, tally: Tally) -> None:
         """Takes every batch that the tally has not seen."""
-        for rows in self.task.batches(tally.epoch)[tally.number :]:
-            self.task.reseed(tally.epoch, tally.number)
-            batch = self.task.batch(self.task.columns, rows)
-            self.optimizer.num_observations = len(rows)
-            with matrix_products_in(self.task.precision):
-                loss = cast(float, self.svi.step(*batch))
-            tally.add(loss, self.optimizer.moved, len(rows))
-            tally.rest()
+        with supply(self.task, tally.epoch) as batches:
+            while tally.number < len(batches):
+                batch = batches[tally.number]
+                self.optimizer.num_observations = batch.size
+                with matrix_products_in(self.task.precision):
+                    loss = cast(float, self.svi.step(batch))
+                tally.add(loss, self.optimizer.moved, batch.size)
+                tally.rest()
+
+    def _loss_and_grads(self, model: Program, guide: Program, batch: Batch) -> float:
+        """Pyro's loss of a batch: the sum over its parts, here and in other processes."""
+        loss = 0.0
+        for part in batch.parts:
+            self.task.reseed(batch.epoch, batch.number, part.shard)
+            rows = self.task.batch(part.columns, part.rows)
+            loss += float(cast(Any, self.task.loss).loss_and_grads(model, guide, *rows))
+        return self.task.add_up(loss)
