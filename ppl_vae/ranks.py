@@ -45,21 +45,22 @@ class Ranks:
         """The parts of a task that fall to this process: every ``size``-th."""
         return parts[self.number :: self.size]
 
-    def add(self, tensors: Sequence[Tensor]) -> None:
-        """Adds up the tensors of all processes, in place; all of one dtype are sent as one.
+    def sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The sums over processes of each tensor; all of one dtype are sent as one.
 
         Raises:
             RuntimeError: when another process has died.
         """
         if self.size == 1:
-            return
+            return list(tensors)
+        found: dict[int, Tensor] = {}
         for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-            some = [tensor for tensor in tensors if tensor.dtype == dtype]
-            flat = torch.cat([tensor.reshape(-1) for tensor in some])
+            some = {place: tensor for place, tensor in enumerate(tensors) if tensor.dtype == dtype}
+            flat = torch.cat([tensor.reshape(-1) for tensor in some.values()])
             dist.all_reduce(flat)
-            parts = flat.split([tensor.numel() for tensor in some])
-            for tensor, part in zip(some, parts, strict=True):
-                tensor.copy_(part.view_as(tensor))
+            parts = flat.split([tensor.numel() for tensor in some.values()])
+            found |= {place: part.view_as(some[place]) for place, part in zip(some, parts, strict=True)}
+        return [found[place] for place in range(len(tensors))]
 
     def copy_from_first(self, tensors: Sequence[Tensor]) -> None:
         """Puts the first process's numbers into the tensors of all, in place."""

@@ -149,7 +149,6 @@ def log_evidence(
         if compile is None:
             wanted = num_particles or (METHODS["importance"].default_particles if method != "elbo" else 0)
             compile = traces.device_and_dtype(story)[0].type == "cpu" and wanted * len(columns[0]) > DRAWS_TO_COMPILE
-        joint = joint_of(story, columns, compiled=compile, model_dtype=model_dtype)
         if name != "auto" and tolerance is None:
             budget = UNLIMITED
         settings, data_fingerprint = Settings(num_particles, tolerance, budget), fingerprint(story, columns)
@@ -158,6 +157,7 @@ def log_evidence(
         if folder is not None:
             shares = Shares(Path(folder), _asked(words, story, columns), progress)
         ranks_here().refuse_different("log_evidence", f"{words} {len(columns[0])} observations")
+        joint = joint_of(story, columns, compiled=compile, model_dtype=model_dtype)
         estimation = _Estimation(joint, columns, settings, correction, seed, shares)
         parts, extra = estimation.run(method)
         measures = _base_measures(story, columns)

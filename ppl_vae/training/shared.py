@@ -64,9 +64,13 @@ class SharedEngine:
             CaptureError: saying why the gradient cannot be captured; the tally counts the batches that were taken.
         """
         with supply(self.task, tally.epoch) as batches:
+            is_known = False
             while tally.number < len(batches):
                 batch = batches[tally.number]
-                loss, taken = self._replayed(batches, batch) if self.started else self._eager(batch)
+                if self.started and not is_known:
+                    self._know(batches)
+                    is_known = True
+                loss, taken = self._replayed(batch) if self.started else self._eager(batch)
                 tally.add(loss, taken, batch.size)
                 tally.rest()
 
@@ -77,10 +81,13 @@ class SharedEngine:
         self.flops = counter.get_total_flops()
         return loss, self.started
 
-    def _replayed(self, batches: Supply, batch: Batch) -> tuple[float, bool]:
+    def _know(self, batches: Supply) -> None:
+        """Traces anew where what is frozen has changed since the last epoch."""
         if (now := frozen(self.task)) != self.frozen:
             self._capture(batches)
             self.frozen = now
+
+    def _replayed(self, batch: Batch) -> tuple[float, bool]:
         loss = 0.0
         for part in batch.parts:
             self.task.reseed(batch.epoch, batch.number, part.shard)

@@ -138,12 +138,15 @@ class Task:
             return loss
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        known = torch.tensor([float(p.grad is not None) for p in parameters], device=self.device)
-        numbers = torch.tensor([loss, *self.notice.own], dtype=torch.float64, device=self.device)
-        self.ranks.add([*gradients, known, numbers])
-        for parameter, gradient, times in zip(parameters, gradients, known.tolist(), strict=True):
+        known = [float(p.grad is not None) for p in parameters]
+        kinds = {gradient.dtype for gradient in gradients} & {torch.float32, torch.float64}  # sent as one with these
+        kind = next(iter(kinds), torch.float32)
+        numbers = torch.tensor([loss, *self.notice.own, *known], dtype=kind, device=self.device)
+        *gradients, numbers = self.ranks.sums([*gradients, numbers])
+        loss, *told = numbers.tolist()
+        self.notice.of_all = told[: len(self.notice.own)]
+        for parameter, gradient, times in zip(parameters, gradients, told[len(self.notice.own) :], strict=True):
             parameter.grad = gradient if times else None
-        loss, *self.notice.of_all = numbers.tolist()
         return loss
 
     def explain_non_finite(self, epoch: int, number: int) -> str:
