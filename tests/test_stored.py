@@ -470,8 +470,9 @@ def test_train_refuses_to_stream_a_named_set(tmp_path, capsys):
 
 LIMITED = """
 import sys, resource
+from pathlib import Path
 import torch
-from ppl_vae import VAE, check, data, likelihoods, posteriors, priors
+from ppl_vae import VAE, check, data, fit, likelihoods, log_evidence, posteriors, priors
 from ppl_vae.networks import mlp
 from ppl_vae.stored import row_slices
 
@@ -479,10 +480,13 @@ def kilobytes(name):
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith(name + ":"))
 
-small, big, allowed = sys.argv[1], sys.argv[2], int(sys.argv[3]) * 2**20
-story = VAE(priors.StandardNormal(2), likelihoods.Bernoulli(mlp(2, 8, 512)), posteriors.DiagonalNormal(mlp(512, 8, 4)))
+task, small, big, allowed = *sys.argv[1:4], int(sys.argv[4]) * 2**20
+width = data.stored(small).shape[1]
+story = VAE(
+    priors.StandardNormal(2), likelihoods.Bernoulli(mlp(2, 8, width)), posteriors.DiagonalNormal(mlp(width, 8, 4))
+)
 
-def work(path, stream):
+def read(path, stream):
     grey = data.load(path, binarization="dynamic", stream=stream)
     check(story, grey.train.x, transform=torch.bernoulli)
     check(story, grey.test.x)
@@ -490,8 +494,20 @@ def work(path, stream):
     assert len(table.fingerprint) == 64
     return sum(len(split.x[rows]) for split in table.splits.values() for rows in row_slices(split.x))
 
+def learn(path, stream):
+    bits = data.load(path, binarization="static", stream=stream)
+    settings = {"batch_size": 64, "engine": "captured", "compile": False, "progress": False}
+    history = fit(story, bits.train.x, validation=bits.validation.x, epochs=1, **settings)
+    elbos = [log_evidence(story, split.x, method="elbo", num_particles=5) for split in bits.splits.values()]
+    first = log_evidence(story, bits.test.x.rows(torch.arange(256) % 60), method="importance", num_particles=50)
+    assert history.engine == "captured"
+    assert all(evidence["estimate"].notnull().all() for evidence in [first, *elbos])
+    return sum(len(evidence["estimate"]) for evidence in elbos)
+
+work = {"read": read, "learn": learn}[task]
 work(small, True)
 before = kilobytes("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # the peak is that of now
 resource.setrlimit(resource.RLIMIT_DATA, (kilobytes("VmData") * 1024 + allowed, -1))
 print(work(big, True))
 print((kilobytes("VmHWM") - before) / 1024)
@@ -502,16 +518,17 @@ except MemoryError as error:
 """
 
 
-def run_within(folder, megabytes, allowed):
+def run_within(folder, megabytes, allowed, task="read", width=512):
     """What a process says of a large file that may use so many megabytes more than it needs for a small one."""
-    small = saved(folder / "small.npy", np.random.default_rng(0).random((100, 512)).astype(np.float32))
+    small = saved(folder / "small.npy", np.random.default_rng(0).random((400, width)).astype(np.float32))
+    rows = 2**18 // width  # of a megabyte
     with (folder / "big.npy").open("wb") as file:
-        header = {"descr": "<f4", "fortran_order": False, "shape": (megabytes * 512, 512)}
+        header = {"descr": "<f4", "fortran_order": False, "shape": (megabytes * rows, width)}
         np.lib.format.write_array_header_1_0(file, header)
-        megabyte = np.random.default_rng(1).random((512, 512)).astype(np.float32).tobytes()
+        megabyte = np.random.default_rng(1).random((rows, width)).astype(np.float32).tobytes()
         for _ in range(megabytes):
             file.write(megabyte)
-    command = [sys.executable, "-W", "error", "-c", LIMITED, small, folder / "big.npy", str(allowed)]
+    command = [sys.executable, "-W", "error", "-c", LIMITED, task, small, folder / "big.npy", str(allowed)]
     ran = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert ran.returncode == 0, ran.stderr
     num_rows, growth, refused = ran.stdout.splitlines()
@@ -537,3 +554,10 @@ def test_a_file_that_does_not_fit_in_memory_is_refused_with_the_remedy(within_a_
 def test_a_file_sixteen_times_the_memory_is_loaded_checked_and_read(tmp_path):
     num_rows, growth, _ = run_within(tmp_path, 256, 16)
     assert num_rows == 256 * 512 and growth < 16
+
+
+@pytest.mark.slow
+def test_a_file_four_times_the_memory_is_trained_on_and_scored(tmp_path):
+    num_rows, _, refused = run_within(tmp_path, 256, 64, task="learn", width=2048)
+    assert num_rows == 256 * 128
+    assert "does not fit in memory" in refused
