@@ -179,6 +179,9 @@ def _add_evidence_options(parser: argparse.ArgumentParser, kind: type) -> None:
     data = parser.add_argument_group("data")
     data.add_argument("--data", help="a named data set or a path to .npy, .npz, .csv (default: the data of the run)")
     data.add_argument("--data-root", help="folder of downloaded data sets (default: that of the run)")
+    data.add_argument(
+        "--stream", action="store_true", help="leave the .npy, or the folder of them, given by --data on disk"
+    )
     _add_options(parser.add_argument_group("evidence"), kind)
 
 
@@ -332,8 +335,8 @@ def _evidence(options: argparse.Namespace) -> None:
     from ppl_vae import runs  # imports torch, seconds
 
     tables = {}
-    table = options.data, options.data_root, options.out, options.device
-    for scored in runs.score(options.run, splits, asked, *table, typed):
+    source = runs.Source(options.data, options.data_root, options.stream)
+    for scored in runs.score(options.run, splits, asked, source, options.out, options.device, typed):
         tables[scored.split] = scored.table()
         if not options.json:
             print(scored)
@@ -374,7 +377,8 @@ def _compare(options: argparse.Namespace) -> None:
 
     from ppl_vae import runs  # imports torch, seconds
 
-    comparison = runs.compare(folders, asked, options.data, options.data_root, options.device, typed)
+    source = runs.Source(options.data, options.data_root, options.stream)
+    comparison = runs.compare(folders, asked, source, options.device, typed)
     if options.plot is not None:
         runs.picture(comparison, options.plot)
     print(runs.as_json(runs.comparison_table(comparison, folders)) if options.json else comparison)

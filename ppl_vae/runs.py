@@ -333,23 +333,52 @@ def _own_story(source: StoryFile, wanted: RunConfiguration) -> Any:
     return own.make(source, {"event_shape": wanted.story.event_shape}, wanted.training.seed)
 
 
-def data_of(run: Run, source: str | None = None, root: str | None = None) -> Dataset:
+@dataclass(frozen=True)
+class Source:
+    """Data other than those of a run, or the same from elsewhere.
+
+    Attributes:
+        data: another named data set or file, with observations of the same shape; None is that of the run.
+        root: another folder of downloaded data sets.
+        stream: leave other data on disk. Those of a run are on disk if they were in training.
+    """
+
+    data: str | None = None
+    root: str | None = None
+    stream: bool = False
+
+    def __post_init__(self) -> None:
+        if self.stream and self.data is None:
+            raise ValueError("--stream goes with --data; a run's own data are left on disk if they were in training.")
+
+    def instead_of(self, wanted: configuration.DataConfiguration) -> configuration.DataConfiguration:
+        """What to read in place of a run's data."""
+        return replace(
+            wanted,
+            data=wanted.data if self.data is None else self.data,
+            data_root=wanted.data_root if self.root is None else self.root,
+            stream=wanted.stream if self.data is None else self.stream,
+        )
+
+
+SAME = Source()
+
+
+def data_of(run: Run, source: Source = SAME) -> Dataset:
     """The data that a run was trained on, or another source; none of it is left to be binarized in every batch.
 
     Args:
         run: rules the seed and the binarization. Dynamic binarization becomes static: held-out pixels are the same, and
             those of train are drawn once.
-        source: another named data set or file, with observations of the same shape.
-        root: another folder of downloaded data sets.
+        source: where they are read from.
 
     Raises:
         ValueError: when the run's data have changed since, or another source does not fit the story.
     """
-    said = {name: value for name, value in {"data": source, "data_root": root}.items() if value is not None}
-    wanted = replace(run.wanted.data, **said, **({} if source is None else {"stream": False}))
+    wanted = source.instead_of(run.wanted.data)
     pixels = pixels_of(run.wanted.story)
     dataset = load_data(wanted, pixels, run.seed)
-    if source is None:
+    if source.data is None:
         _refuse_changed(run.folder, run.wanted, run.record, dataset)
     _refuse_other_shape(run, dataset)
     if dataset.binarization != "dynamic":
@@ -361,8 +390,7 @@ def score(
     folder: Path,
     splits: Sequence[str],
     asked: EvidenceConfiguration,
-    source: str | None = None,
-    root: str | None = None,
+    source: Source = SAME,
     out: Path | None = None,
     device: str | None = None,
     typed: Sequence[StoryFile] = (),
@@ -378,8 +406,8 @@ def score(
         OSError: when a table could not be saved; before anything is computed.
     """
     run = open_run(folder, device, typed)
-    dataset = data_of(run, source, root)
-    whole = source is None and asked.limit is None
+    dataset = data_of(run, source)
+    whole = source.data is None and asked.limit is None
     files = {split: out or (_evidence_file(folder, split) if whole else None) for split in splits}
     for file in filter(None, files.values()):
         tempfile.TemporaryFile(dir=file.parent).close()  # can a file be written there?
@@ -392,8 +420,7 @@ def score(
 def compare(
     folders: Mapping[str, Path],
     asked: EvidenceConfiguration,
-    source: str | None = None,
-    root: str | None = None,
+    source: Source = SAME,
     device: str | None = None,
     typed: Sequence[StoryFile] = (),
 ) -> Comparison:
@@ -408,12 +435,12 @@ def compare(
     """
     opened = {name: open_run(folder, device, typed) for name, folder in folders.items()}
     first, *others = opened.values()
-    dataset = data_of(first, source, root)
+    dataset = data_of(first, source)
     for run in others:
-        mine = data_of(run, source, root)
+        mine = data_of(run, source)
         if run.wanted.data.with_labels != first.wanted.data.with_labels:
             raise ValueError("Some of these runs were given labels and some were not: log p(x | y) and log p(x).")
-        if source is None:
+        if source.data is None:
             _refuse_other_test(first, dataset, run, mine)
         else:
             _refuse_trained_on(run, dataset, mine)

@@ -321,14 +321,28 @@ def test_data_that_changed_since_a_run_are_refused_unless_named(copy):
     rewrite(copy, lambda table: table["dataset"].update(sha256="0" * 64))
     with pytest.raises(ValueError, match=r"'digits' is not what .*copy' was trained on any more.*Give --data"):
         score(copy, "test")
-    assert score(copy, "test", source="digits")["test"].evidence.dataset.sizes["observation"] == 359
+    assert score(copy, "test", source=runs.Source("digits"))["test"].evidence.dataset.sizes["observation"] == 359
 
 
 def test_other_data_are_split_and_binarized_like_those_of_the_run(run, tmp_path):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).random((30, 1, 8, 8)).astype(np.float32))
-    loaded = runs.data_of(runs.open_run(run), str(tmp_path / "x.npy"))
+    loaded = runs.data_of(runs.open_run(run), runs.Source(str(tmp_path / "x.npy")))
     expected = data.load(tmp_path / "x.npy", binarization="static", seed=0)
     assert loaded.fingerprint == expected.fingerprint
+
+
+def test_other_data_are_scored_from_disk_as_from_memory(run, tmp_path):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 2, (30, 1, 8, 8)).astype(np.float32))
+    sources = [runs.Source(str(tmp_path / "x.npy"), stream=stream) for stream in (False, True)]
+    kinds = [type(runs.data_of(runs.open_run(run), source).test.x).__name__ for source in sources]
+    assert kinds == ["Tensor", "Stored"]
+    in_memory, from_disk = (score(run, "test", source=source)["test"].evidence.dataset for source in sources)
+    assert in_memory["estimate"].equals(from_disk["estimate"])
+
+
+def test_only_other_data_can_be_left_on_disk_when_a_run_was_trained_in_memory(run):
+    with pytest.raises(ValueError, match="--stream goes with --data"):
+        score(run, "test", source=runs.Source(stream=True))
 
 
 def test_a_folder_that_cannot_be_written_is_found_before_anything_is_computed(run, tmp_path, monkeypatch):
@@ -360,7 +374,7 @@ def test_a_comparison_is_that_of_the_evidence_of_the_runs(run, copy):
 def test_runs_of_two_seeds_are_compared_on_observations_that_neither_has_seen(run, tmp_path):
     other = with_seed(run, tmp_path / "other", 1)
     np.save(tmp_path / "x.npy", np.random.default_rng(0).random((30, 1, 8, 8)).astype(np.float32))
-    compared = compare(run, other, source=str(tmp_path / "x.npy"))
+    compared = compare(run, other, source=runs.Source(str(tmp_path / "x.npy")))
     assert compared["difference"].sel(story="digits", other="other") == 0
 
 
@@ -369,7 +383,7 @@ def test_observations_that_a_run_was_trained_on_are_no_test(run, tmp_path):
     with pytest.raises(ValueError, match="test observations differ"):
         compare(run, other)
     with pytest.raises(ValueError, match="other' was trained on some test observations: its seed 1 splits 'digits'"):
-        compare(run, other, source="digits")
+        compare(run, other, source=runs.Source("digits"))
 
 
 # New observations -----------------------------------------------------------------------------------------------------
