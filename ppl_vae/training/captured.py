@@ -38,27 +38,23 @@ SHARE_OF_ARITHMETIC_SAVED = 0.1
 FLOPS_PER_SECOND = 1e11
 
 
-class CapturedEngine:
-    """Replays the traced step.
+class Replaying:
+    """What an engine that captures knows of itself, and tells one that goes on for it.
 
     Args:
         task: what to do.
         total_steps: of the whole training.
-        compiled: compile with inductor; None does where ``total_steps`` are enough to win, and not on CUDA.
+        compiled: compile with inductor; None does where ``total_steps`` are enough to win.
     """
 
     def __init__(self, task: Task, total_steps: int, compiled: bool | None) -> None:
         self.task = task
         self.total_steps = total_steps
         self.compiled = compiled
+        self.has_compiled = False
         self.started = False
         self.flops = 0
-        self.frozen: Any = None
-        self.steps: dict[int, Step] = {}
-        self.group: Step | None = None
-        self.has_compiled = False
-        self.snapshot: list[Tensor] = []
-        self.on_cuda = task.device.type == "cuda"
+        self.frozen: Any = None  # what was captured would be wrong if this changed; None until something is
 
     @property
     def name(self) -> str:
@@ -68,17 +64,32 @@ class CapturedEngine:
     @property
     def learned(self) -> dict[str, float | int]:
         """The arithmetic of a step, whether one was taken, and whether it is compiled (-1 where that is open)."""
-        return {
-            "started": int(self.started),
-            "flops": self.flops,
-            "compiled": int(self.has_compiled) if self.steps else -1,
-        }
+        compiled = -1 if self.frozen is None else int(self.has_compiled)
+        return {"started": int(self.started), "flops": self.flops, "compiled": compiled}
 
     def recall(self, learned: Mapping[str, Any]) -> None:
         """Takes the same steps as the engine that learned this, unless it was said whether to compile."""
         self.started, self.flops = bool(learned["started"]), int(learned["flops"])
         if self.compiled is None and learned["compiled"] >= 0:
             self.compiled = bool(learned["compiled"])
+
+    def start(self, batch: Batch) -> float:
+        """One eager step, for real: it makes the optimizer's state, and counts the arithmetic. Returns its loss."""
+        with FlopCounterMode(display=False) as counter:
+            loss, self.started = eager_step(self.task, batch)
+        self.flops = counter.get_total_flops()
+        return loss
+
+
+class CapturedEngine(Replaying):
+    """Replays the traced step; on CUDA as a graph."""
+
+    def __init__(self, task: Task, total_steps: int, compiled: bool | None) -> None:
+        super().__init__(task, total_steps, compiled)
+        self.steps: dict[int, Step] = {}
+        self.group: Step | None = None
+        self.snapshot: list[Tensor] = []
+        self.on_cuda = task.device.type == "cuda"
 
     def epoch(self, tally: Tally) -> None:
         """Takes every batch that the tally has not seen.
@@ -121,10 +132,7 @@ class CapturedEngine:
         if self.on_cuda:
             for group in self.task.optimizer.param_groups:
                 group.update({"capturable": True} if "capturable" in group else {})
-        with FlopCounterMode(display=False) as counter:
-            loss, self.started = eager_step(self.task, batch)
-        self.flops = counter.get_total_flops()
-        tally.add(loss, self.started, batch.size)
+        tally.add(self.start(batch), self.started, batch.size)
 
     def _capture(self, batches: Supply) -> None:
         """Traces a step of each batch size, and compares its first replay with an eager step."""

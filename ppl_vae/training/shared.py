@@ -10,52 +10,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ppl_vae.capture import CaptureError, capture
 from ppl_vae.checks import kept_buffers
-from ppl_vae.training.captured import StepFunction, compare, eager_step, frozen, inputs_of, move, pays, trainable
+from ppl_vae.training.captured import Replaying, StepFunction, compare, frozen, inputs_of, move, pays, trainable
 from ppl_vae.training.steps import Tally, Task
 from ppl_vae.training.supply import Batch, Part, Supply, supply
 
 log = logging.getLogger("ppl_vae")
 
 
-class SharedEngine:
-    """Replays the traced gradient of each part of a batch; the optimizer's step is taken as it is.
-
-    Args:
-        task: what to do.
-        total_steps: of the whole training.
-        compiled: compile with inductor; None does where ``total_steps`` are enough to win.
-    """
+class SharedEngine(Replaying):
+    """Replays the traced gradient of each part of a batch; the optimizer's step is taken as it is."""
 
     def __init__(self, task: Task, total_steps: int, compiled: bool | None) -> None:
-        self.task = task
-        self.total_steps = total_steps
-        self.compiled = compiled
-        self.started = False
-        self.flops = 0
-        self.frozen: Any = None
-        self.has_compiled = False
+        super().__init__(task, total_steps, compiled)
         self.gradients: dict[int, _Gradient] = {}
-
-    @property
-    def name(self) -> str:
-        """The engine, and whether it compiled."""
-        return "captured, compiled" if self.has_compiled else "captured"
-
-    @property
-    def learned(self) -> dict[str, float | int]:
-        """The arithmetic of a step, whether one was taken, and whether it is compiled (-1 where that is open)."""
-        compiled = int(self.has_compiled) if self.gradients else -1
-        return {"started": int(self.started), "flops": self.flops, "compiled": compiled}
-
-    def recall(self, learned: Mapping[str, Any]) -> None:
-        """Takes the same steps as the engine that learned this, unless it was said whether to compile."""
-        self.started, self.flops = bool(learned["started"]), int(learned["flops"])
-        if self.compiled is None and learned["compiled"] >= 0:
-            self.compiled = bool(learned["compiled"])
 
     def epoch(self, tally: Tally) -> None:
         """Takes every batch that the tally has not seen.
@@ -70,16 +40,9 @@ class SharedEngine:
                 if self.started and not is_known:
                     self._know(batches)
                     is_known = True
-                loss, taken = self._replayed(batch) if self.started else self._eager(batch)
+                loss, taken = self._replayed(batch) if self.started else (self.start(batch), self.started)
                 tally.add(loss, taken, batch.size)
                 tally.rest()
-
-    def _eager(self, batch: Batch) -> tuple[float, bool]:
-        """A step as Pyro takes it, which counts the arithmetic."""
-        with FlopCounterMode(display=False) as counter:
-            loss, self.started = eager_step(self.task, batch)
-        self.flops = counter.get_total_flops()
-        return loss, self.started
 
     def _know(self, batches: Supply) -> None:
         """Traces anew where what is frozen has changed since the last epoch."""
