@@ -1,8 +1,10 @@
 """xarray tables in netCDF files: written whole or not at all, read without running anything."""
 
 import io
+import struct
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import h5netcdf
 import h5py
@@ -13,6 +15,7 @@ from xarray.backends import H5NetCDFStore
 from ppl_vae.checkpoint import write_atomically
 from ppl_vae.memory import MOST_BYTES_PER_PACKED_BYTE
 
+BYTES_AT_ONCE = 2**20
 DAMAGED = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError)
 
 
@@ -49,6 +52,7 @@ def load(path: Path) -> xr.Dataset:
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {str(path)!r}.")
     try:
+        _refuse_endless_heaps(path)
         _refuse_claims(path)
         with xr.open_dataset(path, engine="h5netcdf", decode_times=False) as file:
             return _plain(file.load().drop_encoding())
@@ -71,6 +75,45 @@ def _refuse_claims(path: Path) -> None:
         file.visititems(add)
     if claimed > path.stat().st_size * MOST_BYTES_PER_PACKED_BYTE:
         raise ValueError(f"it claims to hold {claimed} bytes")
+
+
+def _refuse_endless_heaps(path: Path) -> None:
+    """Raises ValueError for free space of no size in a heap of words, on which HDF5 2.0 and older wait for ever.
+
+    HDF5 file format, version 3, III.E: a heap is ``GCOL``, a version, and its size, then objects, each of them an
+    index, a count, and its size. Index 0 is free space, whose size includes the 16 bytes that say so.
+    """
+    size = path.stat().st_size
+    left = size // 16  # more objects than a file has room for are in heaps that lie in each other
+    with path.open("rb") as file:
+        for place in _places_of(b"GCOL", file):
+            file.seek(place)
+            header = file.read(16)
+            if len(header) < 16 or header[4] != 1:
+                continue
+            heap = file.read(min(int.from_bytes(header[8:], "little"), size) - 16)
+            offset = 0
+            while offset + 16 <= len(heap):
+                index, _, length = struct.unpack_from("<HHxxxxQ", heap, offset)
+                left -= 1
+                if left < 0 or (index == 0 and length == 0):
+                    raise ValueError("a heap of words has no end")
+                offset += length if index == 0 else 16 + (length + 7) // 8 * 8
+
+
+def _places_of(word: bytes, file: IO[bytes]) -> Iterator[int]:
+    """Where a word is in a file; the file may be read elsewhere in between."""
+    start, kept = 0, b""
+    while True:
+        file.seek(start)
+        if not (chunk := file.read(BYTES_AT_ONCE)):
+            return
+        text, begins = kept + chunk, start - len(kept)
+        found = text.find(word)
+        while found >= 0:
+            yield begins + found
+            found = text.find(word, found + 1)
+        start, kept = start + len(chunk), text[-len(word) + 1 :]
 
 
 def _plain(dataset: xr.Dataset) -> xr.Dataset:

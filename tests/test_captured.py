@@ -22,7 +22,6 @@ from ppl_vae import VAE, fit, likelihoods, noise, objectives, posteriors, priors
 from ppl_vae.capture import CaptureError
 from ppl_vae.networks import mlp
 from ppl_vae.training import captured
-from ppl_vae.training.captured import CapturedEngine
 
 ADAM = partial(torch.optim.Adam, lr=1e-2, fused=True)
 
@@ -698,7 +697,7 @@ def test_without_a_compiler_training_is_not_compiled_and_says_so(monkeypatch, tm
     from torch import _inductor
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(CapturedEngine, "_pays", lambda engine, operations: True)
+    monkeypatch.setattr(captured, "pays", lambda *arguments: True)
     columns = (rows(some_calls_and_a_rest(8))[:, 0],)
     with _inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "fx_graph_cache": False}):
         with pytest.raises(CaptureError, match="could not be compiled"):

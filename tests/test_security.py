@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from example_stories import images, small_vae
 
 from ppl_vae import Evidence, data, fit, load, tables
@@ -351,6 +352,33 @@ def test_a_table_cannot_read_another_file(tmp_path):
         outside.dims[0].attach_scale(file["observation"])
     with pytest.raises(ValueError, match=r"table\.nc"):
         tables.load(tmp_path / "table.nc")
+
+
+def free_space_in_heaps(content):
+    """Where the heaps of an HDF5 file say how much of them is free."""
+    start = content.find(b"GCOL")
+    while start >= 0:
+        place, end = start + 16, start + int.from_bytes(content[start + 8 : start + 16], "little")
+        while place < end and content[place : place + 2] != b"\0\0":
+            place += 16 + (int.from_bytes(content[place + 8 : place + 16], "little") + 7) // 8 * 8
+        if place < end:
+            yield place + 8
+        start = content.find(b"GCOL", start + 1)
+
+
+def test_a_heap_without_an_end_is_refused(tmp_path):
+    """HDF5 2.0 looks for its next object for ever, and no signal interrupts it."""
+    words = np.array([f"word {number}" for number in range(1000)], dtype=object)
+    tables.save(xr.Dataset({"words": ("observation", words)}), tmp_path / "table.nc")
+    content = bytearray((tmp_path / "table.nc").read_bytes())
+    assert tables.load(tmp_path / "table.nc")["words"].values.tolist() == words.tolist()
+    places = list(free_space_in_heaps(bytes(content)))
+    assert places
+    for place in places:
+        changed = content[:place] + bytes(8) + content[place + 8 :]
+        (tmp_path / "table.nc").write_bytes(changed)
+        with pytest.raises(ValueError, match=r"table\.nc' is not a whole netCDF file: a heap of words has no end"):
+            tables.load(tmp_path / "table.nc")
 
 
 @pytest.mark.parametrize("text", ["[]", "3", "null", '"words"', "[" * 100_000, '{"a": 1' + "0" * 5000 + "}"])

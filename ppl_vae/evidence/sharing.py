@@ -24,12 +24,12 @@ from ppl_vae.traces import Columns, Site, Story, observed_sites
 
 def columns_at_sites(story: Story, columns: Columns) -> dict[str, int]:
     """Observed sites whose value is a column as it is: site name -> position of the column."""
-    return _tell_two(story, traces.to_story(story, _two_different(columns)))[1]
+    return _tell_two(story, _two_different(story, columns))[1]
 
 
 def observed_in(story: Story, columns: Columns) -> dict[str, Site]:
     """The sites that a run of the model on two rows scores against data, by name."""
-    return observed_sites(_tell_two(story, traces.to_story(story, _two_different(columns)))[0])
+    return observed_sites(_tell_two(story, _two_different(story, columns))[0])
 
 
 def scored_columns(story: Story, columns: Columns) -> dict[str, int]:
@@ -37,7 +37,7 @@ def scored_columns(story: Story, columns: Columns) -> dict[str, int]:
 
     Empty where the model does more than that with its data: then nothing can be shared.
     """
-    rows = _two_different(columns)
+    rows = _two_different(story, columns)
     trace, scored = _tell_two(story, rows)
     if set(scored) != set(observed_sites(trace)):
         return {}
@@ -52,16 +52,16 @@ def scored_columns(story: Story, columns: Columns) -> dict[str, int]:
     return scored
 
 
-def _two_different(columns: Columns) -> Columns:
-    """The first row and one that differs from it, where there is one."""
+def _two_different(story: Story, columns: Columns) -> Columns:
+    """The first row and one that differs from it, where there is one; on the story's device, in its dtype."""
     first = tuple(column[:1] for column in columns)
     for rows in row_slices(*columns):
         pairs = [(column[rows], one) for column, one in zip(columns, first, strict=True)]
         differs = torch.stack([(some != one).reshape(len(some), -1).any(1) for some, one in pairs]).any(0)
         if differs.any():
             other = rows.start + int(differs.int().argmax())
-            return tuple(column[[0, other]] for column in columns)
-    return tuple(column[[0, 0]] for column in columns)
+            return traces.to_story(story, tuple(column[[0, other]] for column in columns))
+    return traces.to_story(story, tuple(column[[0, 0]] for column in columns))
 
 
 def _tell_two(story: Story, rows: Columns) -> tuple[Trace, dict[str, int]]:
