@@ -236,7 +236,7 @@ class VampPrior(nn.Module):
         a distribution with event shape ``(K,)``.
 
     Raises:
-        ValueError: when the bounds are no interval, or a pseudo-input starts outside of it.
+        ValueError: when the bounds are no interval, or a pseudo-input starts outside of it or is no real number.
 
     >>> from ppl_vae import posteriors
     >>> from ppl_vae.networks import mlp
@@ -256,6 +256,8 @@ class VampPrior(nn.Module):
         self.bounds = None if low is None or high is None else (low, high)
         if (low, high) != (None, None) and not (self.bounds and self.bounds[0] < self.bounds[1]):
             raise ValueError(f"Pseudo-inputs lie between two bounds, or have none; found low={low} and high={high}.")
+        if not pseudo_inputs.is_floating_point():
+            raise ValueError(f"Pseudo-inputs are learned, so they are real numbers; found {pseudo_inputs.dtype}.")
         self.unbounded = nn.Parameter(
             self._to_unbounded(pseudo_inputs.detach().clone(memory_format=torch.contiguous_format))
         )

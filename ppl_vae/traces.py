@@ -17,6 +17,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from ppl_vae import noise
+from ppl_vae.memory import within_memory
 
 Site = dict[str, Any]
 Columns = tuple[Tensor, ...]
@@ -209,9 +210,14 @@ def draws(trace: Trace) -> dict[str, Tensor]:
 
 
 def prior_predictive(story: Story, num_observations: int, *, seed: int = 0) -> Trace:
-    """The model told without data: latents from the prior and new observations."""
+    """The model told without data: latents from the prior and new observations.
+
+    Raises:
+        MemoryError: when so many do not fit.
+    """
     device, _ = device_and_dtype(story)
-    with noise.unit(device, seed, noise.Purpose.PREDICTIVE), scoring(story):
+    told = within_memory(f"{num_observations:,} new observations")
+    with noise.unit(device, seed, noise.Purpose.PREDICTIVE), scoring(story), told:
         return poutine.trace(story.model).get_trace(num_observations=num_observations)
 
 

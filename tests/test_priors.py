@@ -505,6 +505,11 @@ REFUSED = {
         ValueError,
         "values between 1 and 1",
     ),
+    "whole numbers": (
+        lambda: priors.VampPrior(nn.Linear(2, 2), torch.ones(3, 2, dtype=torch.int64)),
+        ValueError,
+        r"real numbers; found torch\.int64",
+    ),
     "nothing to couple": (lambda: priors.realnvp(1), ValueError, "needs two coordinates or more.*Use splines"),
     "no layers": (lambda: priors.splines(2, num_layers=0), ValueError, "num_layers must be at least 1"),
     "torch's": (lambda: priors.Fixed(torch.distributions.Normal(0, 1)), TypeError, r"Use pyro\.distributions\.Normal"),
