@@ -44,7 +44,7 @@ class Program:
             return self.graph.forward(*tensors)
 
     def compiled(self, *tensors: Tensor, many_small: bool = False, frozen: bool = False) -> Callable[..., Any]:
-        """The same operations, fused and compiled by inductor; it draws other random numbers.
+        """The same operations, fused and compiled by inductor; random numbers are torch's own, the same as before.
 
         Args:
             tensors: an example of what it will be called with.
@@ -57,7 +57,11 @@ class Program:
         from torch import _inductor  # a second of imports, for those who compile
 
         try:
-            options = {"cpp_wrapper": many_small and tensors[0].device.type == "cpu", "freezing": frozen}
+            options = {
+                "cpp_wrapper": many_small and tensors[0].device.type == "cpu",
+                "freezing": frozen,
+                "fallback_random": True,
+            }
             with torch.no_grad():
                 return _without_gradients(cast(Any, _inductor.compile(self.graph, list(tensors), options)))
         except Exception as error:  # the compiler's, the linker's, or inductor's own

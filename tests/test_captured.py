@@ -650,17 +650,32 @@ def test_compiled_steps_without_noise_are_the_steps_of_svi(float64):
 
 
 @pytest.mark.slow
-def test_compiled_steps_with_the_same_noise_are_the_steps_of_svi(float64, monkeypatch):
-    from torch import _inductor
-
-    monkeypatch.setattr(captured, "STEPS_PER_CALL", 1)  # noise starts anew with every call
+@pytest.mark.parametrize(("name", "value"), [("STEPS_PER_CALL", 1), ("LARGE_STEP", 0)])
+def test_compiled_steps_with_the_same_noise_are_the_steps_of_svi(name, value, float64, monkeypatch):
+    monkeypatch.setattr(captured, name, value)  # noise starts anew with every call, which is then one step
     start = small_vae()
     ours, theirs = copy.deepcopy(start), copy.deepcopy(start)
-    with _inductor.config.patch(fallback_random=True):
-        history = train(ours, (images(),), engine="captured", compile=True)
+    history = train(ours, (images(),), engine="captured", compile=True)
     train(theirs, (images(),), engine="svi")
     assert history.engine == "captured, compiled"
     assert relative_error(ours.parameters(), theirs.parameters(), start.parameters()) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, partial(torch.optim.Adam, fused=True), torch.optim.Adam])
+def test_large_compiled_steps_move_by_any_optimizer_and_skip_what_is_not_finite(optimizer, monkeypatch):
+    monkeypatch.setattr(captured, "LARGE_STEP", 0)
+    x = torch.linspace(-1, 1, 60)
+    x[[7, 33]] = 99.0
+    arguments = {"batch_size": 6, "optimizer": partial(optimizer, lr=1e-3)}
+    (story, reference), _ = by_both(Fragile, (x,), **arguments)
+    compiled = Fragile()
+    history = train(compiled, (x,), engine="captured", compile=True, **arguments)
+    assert history.engine == "captured, compiled"
+    assert history["skipped_steps"].tolist() == reference["skipped_steps"].tolist()
+    assert reference["skipped_steps"].sum() > 0
+    for ours, theirs in zip(compiled.parameters(), story.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.slow

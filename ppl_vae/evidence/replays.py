@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ppl_vae import noise
 from ppl_vae.capture import CaptureError, Program, capture
+from ppl_vae.memory import keep_what_is_freed
 
 log = logging.getLogger("ppl_vae")
 
@@ -24,7 +25,7 @@ class Replays:
     """Calls functions of tensors; what was called often with tensors of the same shapes is replayed without Python.
 
     Args:
-        compiled: compile what is captured, if it has rows enough and draws nothing. Results then agree to rounding.
+        compiled: compile what is captured, if it has rows enough. Results then agree to rounding.
         patience: how many calls of a function come before it is captured; None is ``CALLS_BEFORE_CAPTURE``, and
             infinity never captures.
     """
@@ -34,6 +35,7 @@ class Replays:
         self.patience = patience
         self.calls: Counter[Any] = Counter()
         self.programs: dict[Any, Function] = {}
+        keep_what_is_freed()
 
     def call(self, name: Any, function: Function, *tensors: Tensor) -> tuple[Tensor, ...]:
         """``function(*tensors)``. Functions of the same name are the same.
@@ -71,7 +73,7 @@ class Replays:
         device = tensors[0].device
         end = _generators(device)
         try:
-            program = self._fastest(name, capture(function, *tensors), tensors, draws=not _equal(start, end))
+            program = self._fastest(name, capture(function, *tensors), tensors)
             with noise.forked(device):
                 _set_generators(device, start)
                 replayed = program(*tensors)
@@ -84,9 +86,9 @@ class Replays:
         log.info("%s is evaluated as it is, because its replay gave other values.", name)
         return function, values
 
-    def _fastest(self, name: Any, program: Program, tensors: tuple[Tensor, ...], draws: bool) -> Function:
-        """The program, compiled where that is wanted and possible; compiled, it would draw other numbers."""
-        if draws or not self._may_compile(tensors):
+    def _fastest(self, name: Any, program: Program, tensors: tuple[Tensor, ...]) -> Function:
+        """The program, compiled where that is wanted and possible."""
+        if not self._may_compile(tensors):
             return program
         try:
             return program.compiled(*tensors, frozen=True)

@@ -5,6 +5,7 @@ Compiled, several steps are one call; on CUDA a step is one launch of a CUDA gra
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, cast
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ppl_vae import traces
 from ppl_vae.capture import CaptureError, Program, capture, clones, first_line
+from ppl_vae.memory import keep_what_is_freed
 from ppl_vae.traces import Story
 from ppl_vae.training.optimizers import frozen_numbers, held_by, is_fused, tensors_in, traced_step
 from ppl_vae.training.steps import Tally, Task, average_and_clip, gradients_of
@@ -55,6 +57,7 @@ class Replaying:
         self.started = False
         self.flops = 0
         self.frozen: Any = None  # what was captured would be wrong if this changed; None until something is
+        keep_what_is_freed()
 
     @property
     def name(self) -> str:
@@ -161,7 +164,7 @@ class CapturedEngine(Replaying):
         state = inputs[: len(self.snapshot)]
         _copy(state, self.snapshot)
         losses, norm = self.group(*inputs, rows)
-        if bool(norm.isfinite()):
+        if math.isfinite(float(norm)):
             return losses, torch.zeros_like(losses)
         _copy(self.snapshot, state)
         losses, norms = zip(*(self.steps[len(batch)](*inputs, batch) for batch in rows), strict=True)
@@ -180,7 +183,7 @@ class CapturedEngine(Replaying):
                 program = trainable(capture(function, *inputs)).compiled(*inputs)
                 with _unchanged(self.task):
                     program(*inputs)  # what is compiled late, is compiled now
-                self.steps[len(part.rows)] = _with_eager_optimizer(program, function.trained, self.task.optimizer)
+                self.steps[len(part.rows)] = _with_optimizer(self.task, program, function.trained, inputs)
             self.has_compiled = True
         except CaptureError as error:
             if self.compiled:
@@ -403,12 +406,46 @@ def trainable(program: Program) -> Program:
     return program
 
 
+def _with_optimizer(
+    task: Task, program: Callable[..., Any], trained: Sequence[nn.Parameter], inputs: Sequence[Tensor]
+) -> Step:
+    """The step of a program that returns loss, norm and gradients; a fused optimizer is replayed, too."""
+    if not is_fused(task.optimizer):
+        return _with_eager_optimizer(program, trained, task.optimizer)
+    parameters, optimizer = [parameter for _, parameter in task.story.named_parameters()], task.optimizer
+    first, last = len(parameters) + sum(1 for _ in task.story.named_buffers()), len(state_of(task))
+    first_rate = last + len(task.columns) + 1
+
+    def moving(tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [*tensors[: len(parameters)], *tensors[first:last], *tensors[first_rate:-1]]
+
+    def move(*flat: Tensor) -> tuple[Tensor]:
+        given = iter(flat)
+        moved = {parameter: next(given) for parameter in parameters}
+        remembered, rates = ([next(given) for _ in some] for some in (tensors_in(optimizer), optimizer.param_groups))
+        norm, *gradients = given
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            moved[parameter].grad = gradient
+        traced_step(optimizer, moved, remembered, rates, (norm - norm) == 0, fused=True)
+        return (norm,)
+
+    example = [torch.zeros(()), *(torch.zeros_like(parameter) for parameter in trained)]
+    replayed = capture(move, *moving(inputs), *example)
+
+    def step(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        loss, *rest = program(*tensors)
+        (norm,) = replayed(*moving(tensors), *rest)
+        return loss, norm
+
+    return step
+
+
 def _with_eager_optimizer(
     program: Callable[..., Any], trained: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> Step:
     def step(*tensors: Tensor) -> tuple[Tensor, Tensor]:
         loss, norm, *gradients = program(*tensors)
-        if bool(norm.isfinite()):
+        if math.isfinite(float(norm)):
             for parameter, gradient in zip(trained, gradients, strict=True):
                 parameter.grad = gradient
             optimizer.step()
@@ -492,10 +529,10 @@ class _Unread:
     def read(self) -> None:
         """Hands everything to the tally."""
         if self.sizes:
-            losses, finite = torch.cat(self.losses).tolist(), torch.cat(self.norms).isfinite().tolist()
+            losses, norms = torch.cat(self.losses).tolist(), torch.cat(self.norms).tolist()
             sizes, self.losses, self.norms, self.sizes = self.sizes, [], [], []
-            for loss, was_taken, size in zip(losses, finite, sizes, strict=True):
-                self.tally.add(loss, was_taken, size)
+            for loss, norm, size in zip(losses, norms, sizes, strict=True):
+                self.tally.add(loss, math.isfinite(norm), size)
 
 
 class _CudaGraph:
