@@ -79,7 +79,9 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
         for rows in [tensor] if not tensor.dim() else (tensor[part] for part in row_slices(tensor)):
-            digest.update(rows.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            # A copy: one number may have strides of its own, of which no bytes can be seen.
+            whole = rows.detach().cpu().reshape(-1).clone(memory_format=torch.contiguous_format)
+            digest.update(whole.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

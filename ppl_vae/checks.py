@@ -108,11 +108,9 @@ def dry_run(
     story: Story, *columns: Tensor, transform: Transform | None = None, gradients: bool = False
 ) -> dict[str, torch.Size]:
     """What :func:`check` does, gradients on request; returns the event shape of each observed site."""
-    names = column_names(story, columns)
-    check_columns(names, columns)
-    device, _ = traces.device_and_dtype(story)
-    rows = traces.to_story(story, tuple(column[torch.arange(2) % len(column)] for column in columns))
-    with noise.unit(device, 0, noise.Purpose.CHECK), traces.scoring(story), kept_buffers(story):
+    names = _names_of(story, columns)
+    rows = traces.to_story(story, _two_rows(columns))
+    with _as_it_scores(story):
         if transform is not None:
             rows = (_transformed(transform, names[0], rows[0]), *rows[1:])
         with torch.set_grad_enabled(gradients):
@@ -120,11 +118,64 @@ def dry_run(
             # Before scoring: a class that has no logit is an index out of bounds, from which CUDA does not recover.
             _check_support_of_data(story, model_trace, dict(zip(names, columns, strict=True)), rows, transform)
             _score(model_trace, guide_trace, names, rows)
+            for first_and_last in _numbers_at_their_ends(columns):
+                _run(story, names, traces.to_story(story, first_and_last))
             _check_traces(story, model_trace, guide_trace)
             _check_finite_log_probs(model_trace, guide_trace)
             if gradients:
                 _check_gradients(story, model_trace, guide_trace)
     return {name: site["fn"].event_shape for name, site in observed_sites(model_trace).items()}
+
+
+def check_that_it_runs(story: Story, *columns: Tensor) -> None:
+    """Raises ValueError where a story does not run on data, which are encoded and not scored: they may be grey."""
+    names = _names_of(story, columns)
+    with _as_it_scores(story), torch.no_grad():
+        for some in (_two_rows(columns), *_numbers_at_their_ends(columns)):
+            _run(story, names, traces.to_story(story, some))
+
+
+def _names_of(story: Story, columns: Sequence[Tensor]) -> list[str]:
+    names = column_names(story, columns)
+    check_columns(names, columns)
+    refuse_half_precision(story)
+    return names
+
+
+def _two_rows(columns: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(column[torch.arange(2) % len(column)] for column in columns)
+
+
+@contextmanager
+def _as_it_scores(story: Story) -> Iterator[None]:
+    """Inside, the story has the modes and noise of a check; afterwards nothing has moved."""
+    device, _ = traces.device_and_dtype(story)
+    with noise.unit(device, 0, noise.Purpose.CHECK), traces.scoring(story), kept_buffers(story):
+        yield
+
+
+def _numbers_at_their_ends(columns: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """For each column of labels, one whole number a row, the rows of its least and its greatest: tables have ends."""
+    for labels in filter(_are_labels, columns):
+        found = [numbers[[int(some.argmin()), int(some.argmax())]] for numbers, (some,) in pieces(labels)]
+        candidates = torch.cat(found)
+        values = labels[candidates]
+        ends = candidates[[int(values.argmin()), int(values.argmax())]]
+        yield tuple(column[ends] for column in columns)
+
+
+def _are_labels(column: Tensor) -> bool:
+    return column.dim() == 1 and not (column.is_floating_point() or column.is_complex() or column.dtype == torch.bool)
+
+
+def refuse_half_precision(story: Story) -> None:
+    """Raises ValueError for a story in 16 bits: sums over pixels and log densities lose their digits there."""
+    _, dtype = traces.device_and_dtype(story)
+    if dtype.itemsize < torch.float32.itemsize:
+        raise ValueError(
+            f"The story is in {dtype}, too coarse for densities: use story.float(), and fit(mixed_precision=True) or "
+            "log_evidence(model_dtype=torch.bfloat16) for its networks alone."
+        )
 
 
 @contextmanager
@@ -176,8 +227,11 @@ def check_columns(names: Sequence[str], columns: Sequence[Tensor]) -> None:
     lengths = {name: len(column) for name, column in zip(names, columns, strict=True)}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"Every column holds one entry per observation; found the lengths {lengths}.")
-    if not len(columns[0]):
-        raise ValueError(f"Expected at least one observation; {names[0]} has the shape {tuple(columns[0].shape)}.")
+    if not columns[0].numel():
+        shape = tuple(columns[0].shape)
+        raise ValueError(
+            f"Expected at least one observation, of at least one number; {names[0]} has the shape {shape}."
+        )
     for name, column in zip(names, columns, strict=True):
         if column.is_floating_point():
             masks = [mask for mask in columns if mask.dtype == torch.bool and mask.shape == column.shape]
@@ -326,7 +380,8 @@ def _score(model_trace: Trace, guide_trace: Trace, names: Sequence[str], rows: t
 
 
 def _does_not_run(names: Sequence[str], rows: tuple[Tensor, ...], error: Exception) -> ValueError:
-    shapes = ", ".join(f"{name} {tuple(row.shape)}" for name, row in zip(names, rows, strict=True))
+    shown = [row.tolist() if _are_labels(row) else tuple(row.shape) for row in rows]
+    shapes = ", ".join(f"{name} {what}" for name, what in zip(names, shown, strict=True))
     return ValueError(
         f"The story does not run on two rows ({shapes}): {_reason(error)}. Compare the shapes that its networks "
         f'take with those of the data; pyro.plate("{PLATE}", len(x)) is as long as the columns, and not '

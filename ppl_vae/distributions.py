@@ -12,7 +12,13 @@ from torch.distributions import biject_to, constraints, transform_to
 from torch.distributions.utils import broadcast_all
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
-LARGEST_SCALE = 1e18  # the square of a larger one is no number in single precision
+# Squares of what is smaller, or larger, are no numbers in single precision.
+SMALLEST_SCALE, LARGEST_SCALE = 1e-18, 1e18
+
+# Of a Student-t with fewer degrees of freedom single precision has no draws: they overflow.
+SMALLEST_DF_OF_DRAWS = 0.2
+# With more, the ratio of gammas in its density is its limit, to eight digits.
+LARGEST_DF_OF_GAMMA = 1e8
 
 # Where a function of the logit is 0 / 0 at zero, its Taylor series is right to twelve digits up to here.
 NEARLY_ZERO = 0.1
@@ -154,6 +160,31 @@ def _where_not_small(
     """The function of x, or what it is ``small``; gradients are finite for either."""
     is_small = x.abs() < limit
     return torch.where(is_small, small, function(torch.where(is_small, 1.0, x)))
+
+
+class StudentT(dist.StudentT):
+    """Pyro's, whose log density is right however many degrees of freedom there are.
+
+    Pyro's own subtracts two log gammas in the precision of its parameters: in single precision it is wrong by 0.003 for
+    10,000 degrees of freedom, by 0.1 for a million, and NaN for 1e38.
+
+    >>> StudentT(torch.tensor([1e6, 1e38])).log_prob(torch.tensor(1.0))
+    tensor([-1.4189, -1.4189])
+    """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        squares = ((value - self.loc) / self.scale) ** 2
+        return _log_peak_of_t(self.df) - self.scale.log() - 0.5 * (self.df + 1) * torch.log1p(squares / self.df)
+
+
+def _log_peak_of_t(df: Tensor) -> Tensor:
+    r""":math:`\log \Gamma(\frac{\nu + 1}{2}) - \log \Gamma(\frac{\nu}{2}) - \frac12 \log \pi \nu`."""
+    many = df.double()
+    few = many.clamp(max=LARGEST_DF_OF_GAMMA)
+    log_ratio = torch.lgamma((few + 1) / 2) - torch.lgamma(few / 2) - 0.5 * few.log()
+    return (log_ratio - 0.5 * math.log(math.pi)).to(df.dtype)
 
 
 class Beta(dist.Beta):
@@ -371,6 +402,8 @@ class MultivariateNormal(dist.MultivariateNormal):
 
 def checked_floor(floor: float) -> float:
     """A smallest scale; ValueError where it is none."""
-    if not 0 <= floor < LARGEST_SCALE:
-        raise ValueError(f"floor is a smallest scale from 0 to {LARGEST_SCALE:g}; found {floor:g}.")
+    if floor != 0 and not SMALLEST_SCALE <= floor < LARGEST_SCALE:
+        raise ValueError(
+            f"floor is a smallest scale from {SMALLEST_SCALE} to {LARGEST_SCALE:g}, or 0; found {floor:g}."
+        )
     return floor

@@ -26,6 +26,8 @@ LARGEST_EXPONENT = 10.0
 SMALLEST_MEAN = 1e-6
 
 SMALLEST_DF = 1.0
+SMALLEST_SCALE_OF_BETA = 1e-4  # below, its log gammas overflow, or cancel
+LARGEST_COUNT = 2**24  # the whole numbers that single precision tells apart
 
 
 @dataclass(frozen=True)
@@ -145,8 +147,7 @@ class StudentT(nn.Module):
     \frac{1}{\sigma_d}\, t_{\nu_d}\big((x_d - f_d(z)) / \sigma_d\big)`.
 
     A density over the real numbers (Lebesgue measure). Its mean exists for :math:`\nu > 1`, its variance for
-    :math:`\nu > 2`; elsewhere they are NaN, or infinite. With :math:`\nu` in the thousands it is a normal, and single
-    precision leaves errors of 0.001 in log p.
+    :math:`\nu > 2`; elsewhere they are NaN, or infinite.
 
     Args:
         loc: network from ``(N, K)`` to ``(N, *event)``.
@@ -155,7 +156,8 @@ class StudentT(nn.Module):
         floor: smallest scale that trains; without it the density has no upper bound.
 
     Raises:
-        ValueError: when a fixed scale or df is not positive, or a learned one starts at or below its floor.
+        ValueError: when a fixed scale is not positive, a fixed df is below 0.2, or a learned one starts at or below its
+            floor.
 
     >>> from ppl_vae.networks import mlp
     >>> StudentT(mlp(2, 64, 5), scale=learned(0.5), df=learned(5.0))(torch.zeros(7, 2)).event_shape
@@ -167,11 +169,11 @@ class StudentT(nn.Module):
         self.loc = loc
         self.floor = floor
         self.scale = _positive(scale, floor)
-        self.df = _positive(df, SMALLEST_DF, "df")
+        self.df = _positive(df, SMALLEST_DF, "df", distributions.SMALLEST_DF_OF_DRAWS)
 
     def forward(self, z: Tensor, *conditions: Tensor) -> dist.TorchDistribution:
         parameters = (network(z, *conditions) for network in (self.df, self.loc, self.scale))
-        return _of_observations(dist.StudentT(*parameters), z)
+        return _of_observations(distributions.StudentT(*parameters), z)
 
 
 class LogNormal(nn.Module):
@@ -249,7 +251,7 @@ class Beta(nn.Module):
         floor: smallest scale that trains. Below 0.02 single precision leaves errors of more than 0.001 in log p.
 
     Raises:
-        ValueError: when a fixed scale is not positive, or a learned one starts at or below the floor.
+        ValueError: when a fixed scale or the floor is below 0.0001, or a learned one starts at or below the floor.
 
     >>> from ppl_vae.networks import mlp
     >>> Beta(mlp(2, 64, 5), scale=learned(0.5))(torch.zeros(7, 2)).event_shape
@@ -258,9 +260,11 @@ class Beta(nn.Module):
 
     def __init__(self, logits: nn.Module, scale: Positive, floor: float = 0.02) -> None:
         super().__init__()
+        if floor < SMALLEST_SCALE_OF_BETA:
+            raise ValueError(f"The floor of a beta's scale must be at least {SMALLEST_SCALE_OF_BETA:g}; found {floor}.")
         self.logits = logits
         self.floor = floor
-        self.scale = _positive(scale, floor)
+        self.scale = _positive(scale, floor, smallest=SMALLEST_SCALE_OF_BETA)
 
     def forward(self, z: Tensor, *conditions: Tensor) -> dist.TorchDistribution:
         logits, precision = self.logits(z, *conditions), self.scale(z, *conditions) ** -2
@@ -286,8 +290,8 @@ class DiscretizedLogistic(nn.Module):
         floor: smallest scale that trains; this one lets a single level of 256 have all the probability.
 
     Raises:
-        ValueError: when there are less than two levels, a fixed scale is not positive, or a learned one starts at or
-            below the floor.
+        ValueError: when there are less than two levels or more than 2^24, a fixed scale is not positive, or a learned
+            one starts at or below the floor.
 
     >>> from ppl_vae.networks import mlp
     >>> DiscretizedLogistic(mlp(2, 64, (1, 28, 28)), scale=learned(0.1))(torch.zeros(7, 2)).event_shape
@@ -297,7 +301,7 @@ class DiscretizedLogistic(nn.Module):
     def __init__(self, loc: nn.Module, scale: Positive, levels: int = 256, floor: float = 1e-4) -> None:
         super().__init__()
         self.loc = loc
-        self.levels = _at_least_two(levels)
+        self.levels = _checked_levels(levels)
         self.scale = _positive(scale, floor)
 
     def forward(self, z: Tensor, *conditions: Tensor) -> dist.TorchDistribution:
@@ -335,7 +339,7 @@ class MixtureOfDiscretizedLogistics(nn.Module):
         super().__init__()
         self.logits = logits
         self.loc = loc
-        self.levels = _at_least_two(levels)
+        self.levels = _checked_levels(levels)
         self.scale = _positive(scale, floor)
 
     def forward(self, z: Tensor, *conditions: Tensor) -> dist.TorchDistribution:
@@ -359,7 +363,7 @@ class Binomial(nn.Module):
         total_count: n, one number or one per dimension.
 
     Raises:
-        ValueError: when n is not a positive whole number.
+        ValueError: when n is not a positive whole number up to 16,777,216.
 
     >>> from ppl_vae.networks import mlp
     >>> Binomial(mlp(2, 64, 5), total_count=10)(torch.zeros(7, 2)).event_shape
@@ -371,9 +375,11 @@ class Binomial(nn.Module):
     def __init__(self, logits: nn.Module, total_count: int | Tensor) -> None:
         super().__init__()
         self.logits = logits
-        count = torch.as_tensor(total_count, dtype=torch.get_default_dtype())
-        if not _holds((count >= 1) & (count % 1 == 0)):
-            raise ValueError(f"total_count must be a positive whole number; found {total_count}.")
+        held = min(total_count, 2 * LARGEST_COUNT) if isinstance(total_count, int) else total_count
+        count = torch.as_tensor(held, dtype=torch.get_default_dtype())
+        if not count.numel() or not _holds((count >= 1) & (count <= LARGEST_COUNT) & (count % 1 == 0)):
+            most = f"up to {LARGEST_COUNT:,}"
+            raise ValueError(f"total_count must be a positive whole number {most}; found {total_count}.")
         self.register_buffer("total_count", count)
 
     def forward(self, z: Tensor, *conditions: Tensor) -> dist.TorchDistribution:
@@ -627,21 +633,25 @@ class _Exponential(nn.Module):
         return SMALLEST_MEAN + bounded.exp() * (1 + exponent - bounded)
 
 
-def _positive(value: Positive, floor: float, name: str = "scale") -> nn.Module:
-    """A positive parameter as a module of z; above the floor, if it trains."""
+def _positive(value: Positive, floor: float, name: str = "scale", smallest: float = 0.0) -> nn.Module:
+    """A positive parameter as a module of z; above the floor if it trains, else not below the smallest."""
     distributions.checked_floor(floor)
     if isinstance(value, nn.Module):
         return _Above(value, floor)
     if isinstance(value, Learned):
         if not _holds((value.initial > floor) & value.initial.isfinite()):
             raise ValueError(f"A learned {name} must start above its floor {floor:g}; found {value.initial.min():g}.")
+        if not _holds(value.initial <= (most := distributions.LARGEST_SCALE)):
+            raise ValueError(f"A learned {name} must start at {most:g} at most; found {value.initial.max():g}.")
         excess = value.initial - floor
         return _Above(_Trained(excess + torch.log(-torch.expm1(-excess))), floor)  # the inverse of softplus
     fixed = torch.as_tensor(value, dtype=torch.get_default_dtype())
     if not _holds(fixed > 0):
         raise ValueError(f"A fixed {name} must be positive; found {fixed.min():g}.")
-    smallest = torch.finfo(fixed.dtype).tiny ** 0.5  # its square is a number
-    if not _holds((fixed >= smallest) & (fixed <= 1 / smallest)):
+    if not _holds(fixed >= smallest):
+        raise ValueError(f"A fixed {name} must be at least {smallest:g}; found {fixed.min():g}.")
+    square_root = torch.finfo(fixed.dtype).tiny ** 0.5
+    if not _holds((fixed >= square_root) & (fixed <= 1 / square_root)):
         raise ValueError(f"The square of a fixed {name} must be a number; found {fixed.min():g} to {fixed.max():g}.")
     return _Fixed(fixed)
 
@@ -657,9 +667,9 @@ def _logits(probability: Probability) -> nn.Module:
     return _Trained(value.logit()) if trains else _Fixed(value.logit())
 
 
-def _at_least_two(levels: int) -> int:
-    if levels < 2:
-        raise ValueError(f"There must be at least two levels; found {levels}.")
+def _checked_levels(levels: int) -> int:
+    if not 2 <= levels <= LARGEST_COUNT:
+        raise ValueError(f"There must be at least two levels, and at most {LARGEST_COUNT:,}; found {levels}.")
     return levels
 
 

@@ -29,6 +29,9 @@ from ppl_vae.traces import Columns, Site, observed_sites, sample_sites
 
 Program = Callable[..., Any]
 
+LARGEST_NUMBER = 1e12  # of nats, or of times that a divergence counts
+LARGEST_ORDER = 1e6  # of a Renyi bound; powers of weights beyond it overflow
+
 
 class PerObservation(ELBO):
     """A Pyro loss: minus the sum, over observations, of what :meth:`bounds` says of each.
@@ -251,8 +254,8 @@ class RenyiELBO(PerObservation):
         super().__init__(num_particles)
         if alpha == 1:
             raise ValueError("At alpha = 1 the Renyi bound is the evidence lower bound: use pyro.infer.Trace_ELBO.")
-        if not math.isfinite(alpha):
-            raise ValueError(f"alpha must be a finite number; found {alpha}.")
+        if not abs(alpha) <= LARGEST_ORDER:
+            raise ValueError(f"alpha must lie between -{LARGEST_ORDER:g} and {LARGEST_ORDER:g}; found {alpha}.")
         self.alpha = alpha
 
     def bounds(self, model: Program, guide: Program, *columns: Tensor) -> Tensor:
@@ -269,10 +272,10 @@ def _log_mean_exp(log_weights: Tensor) -> Tensor:
 
 
 def check_numbers(argument: str, numbers: float | Mapping[str, float]) -> None:
-    """Raises ValueError unless the number, or the number of every site, is finite and not negative."""
+    """Raises ValueError unless the number, or the number of every site, is not negative, and no sum of it overflows."""
     for number in numbers.values() if isinstance(numbers, Mapping) else [numbers]:
-        if not 0 <= number < math.inf:
-            raise ValueError(f"{argument} must be at least 0, and finite; found {number}.")
+        if not 0 <= number <= LARGEST_NUMBER:
+            raise ValueError(f"{argument} must be at least 0, and at most {LARGEST_NUMBER:g}; found {number}.")
 
 
 def check_names(argument: str, numbers: float | Mapping[str, float], latents: Sequence[str]) -> None:

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.distributions import Transform
 from torch.nn.functional import softplus
 
-from ppl_vae import flows, mixtures
+from ppl_vae import distributions, flows, mixtures
+from ppl_vae.distributions import LARGEST_SCALE, SMALLEST_DF_OF_DRAWS
 from ppl_vae.templates import Template
 
 FLOOR = 1e-3
+LARGEST_PSEUDO_INPUT = 1e12  # squares of what an encoder makes of larger ones overflow
 
 
 class StandardNormal(nn.Module):
@@ -108,7 +110,8 @@ class StudentT(nn.Module):
         a distribution with event shape ``(K,)``.
 
     Raises:
-        ValueError: when there are no degrees of freedom.
+        ValueError: when there are less than 0.2 degrees of freedom, whose draws single precision does not hold, or
+            infinitely many.
 
     >>> StudentT(2, df=5)().event_shape
     torch.Size([2])
@@ -119,12 +122,13 @@ class StudentT(nn.Module):
     def __init__(self, latent_dim: int, df: float) -> None:
         super().__init__()
         _check_at_least_one(latent_dim=latent_dim)
-        if not df > 0:
-            raise ValueError(f"df, the degrees of freedom, must be positive; found {df}.")
+        if not SMALLEST_DF_OF_DRAWS <= df <= LARGEST_SCALE:
+            limits = f"lie between {SMALLEST_DF_OF_DRAWS} and {LARGEST_SCALE:g}"
+            raise ValueError(f"df, the degrees of freedom, must {limits}; found {df}.")
         self.register_buffer("df", torch.full((latent_dim,), float(df)))
 
     def forward(self) -> dist.TorchDistribution:
-        return dist.StudentT(self.df).to_event(1)
+        return distributions.StudentT(self.df).to_event(1)
 
 
 class Uniform(nn.Module):
@@ -236,7 +240,8 @@ class VampPrior(nn.Module):
         a distribution with event shape ``(K,)``.
 
     Raises:
-        ValueError: when the bounds are no interval, or a pseudo-input starts outside of it or is no real number.
+        ValueError: when the bounds are no interval, or a pseudo-input starts outside of it, is no real number, or not
+            what the encoder takes.
 
     >>> from ppl_vae import posteriors
     >>> from ppl_vae.networks import mlp
@@ -256,12 +261,29 @@ class VampPrior(nn.Module):
         self.bounds = None if low is None or high is None else (low, high)
         if (low, high) != (None, None) and not (self.bounds and self.bounds[0] < self.bounds[1]):
             raise ValueError(f"Pseudo-inputs lie between two bounds, or have none; found low={low} and high={high}.")
-        if not pseudo_inputs.is_floating_point():
-            raise ValueError(f"Pseudo-inputs are learned, so they are real numbers; found {pseudo_inputs.dtype}.")
+        if not pseudo_inputs.is_floating_point() or pseudo_inputs.layout is not torch.strided:
+            found = f"{pseudo_inputs.dtype}, {pseudo_inputs.layout}"
+            raise ValueError(f"Pseudo-inputs are learned, so they are real numbers, each of them there; found {found}.")
+        if not pseudo_inputs.is_meta and not bool((pseudo_inputs.abs() <= LARGEST_PSEUDO_INPUT).all()):
+            raise ValueError(f"Pseudo-inputs are numbers up to {LARGEST_PSEUDO_INPUT:g}; found others.")
         self.unbounded = nn.Parameter(
             self._to_unbounded(pseudo_inputs.detach().clone(memory_format=torch.contiguous_format))
         )
         self.register_buffer("even", torch.zeros(len(pseudo_inputs)))
+        if not pseudo_inputs.is_meta:
+            self._refuse_misfit()
+
+    def _refuse_misfit(self) -> None:
+        modes = {module: module.training for module in self.encoder.modules()}
+        try:
+            with torch.no_grad():
+                self.encoder.eval()(self.pseudo_inputs[:1])
+        except RuntimeError as error:
+            found = f"{self.unbounded.dtype} of the shape {tuple(self.unbounded.shape)}"
+            raise ValueError(f"The encoder does not take the pseudo-inputs, {found}: {error}") from error
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
 
     @property
     def pseudo_inputs(self) -> Tensor:

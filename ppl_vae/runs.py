@@ -41,7 +41,7 @@ from ppl_vae.stored import Stored, row_slices
 from ppl_vae.traces import Story
 from ppl_vae.training import History, fit
 from ppl_vae.training.checkpoints import files_in, rows_in
-from ppl_vae.training.history import Row
+from ppl_vae.training.history import Row, rows_of
 from ppl_vae.vae import VAE
 
 FORMAT = "ppl_vae/run/0"
@@ -567,7 +567,7 @@ def _history(folder: Path) -> History | None:
         return None
     try:
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        rows = [{name: _number(value) for name, value in row.items()} for row in rows]
+        rows = rows_of([{name: _number(value) for name, value in row.items()} for row in rows])
     except (ValueError, AttributeError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{str(file)!r} is damaged: {error}.") from None
     return History("", rows) if rows else None

@@ -108,6 +108,12 @@ def test_wrong_arguments_are_named(arguments, message):
         evidence_bounds(TwoLatents(), **arguments)
 
 
+@pytest.mark.parametrize("columns", [(torch.ones(4, 7), torch.zeros(4).long()), (torch.ones(0, 1, 6, 5), labels()[:0])])
+def test_columns_that_the_story_does_not_take_are_refused(columns):
+    with pytest.raises(ValueError, match=r"does not run on two rows|at least one observation"):
+        evidence_bounds(small_conditional(), *columns)
+
+
 def test_a_story_without_a_way_to_simulate_is_refused():
     class Unnamed(TwoLatents):
         def model(self, data=None, *, num_observations=1):

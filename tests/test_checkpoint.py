@@ -104,6 +104,14 @@ def test_double_precision_stays_double(path):
     assert_same_bits(load(path, story=configuration.build(CONFIGURED["mlp"]).double()), story)
 
 
+def test_a_fingerprint_is_of_the_numbers_and_not_of_how_they_lie_in_memory():
+    x = torch.arange(6.0).reshape(2, 3)
+    strange = torch.ones(1).as_strided((1, 1), (0, 0))
+    assert checkpoint.fingerprint([x.t().contiguous().t()]) == checkpoint.fingerprint([x])
+    assert checkpoint.fingerprint([strange]) == checkpoint.fingerprint([torch.ones(1, 1)])
+    assert checkpoint.fingerprint([x.t()]) != checkpoint.fingerprint([x])
+
+
 def test_batch_statistics_are_kept(path):
     def make():
         story = TwoLatents()

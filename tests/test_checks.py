@@ -81,13 +81,23 @@ def test_grey_images_pass_where_the_transform_binarizes_them():
     check(vae(), torch.rand(10, 1, 4, 4), transform=torch.bernoulli)
 
 
-def test_conditional_vae_passes():
-    story = stories.ConditionalVAE(
+def conditional():
+    return stories.ConditionalVAE(
         prior=priors.StandardNormal(2),
         decoder=likelihoods.Bernoulli(WithLabels(mlp(2 + 3, 8, 5), num_labels=3)),
         encoder=posteriors.DiagonalNormal(WithLabels(mlp(5 + 3, 8, 4), num_labels=3)),
     )
-    check(story, torch.bernoulli(torch.rand(10, 5)), torch.arange(10) % 3)
+
+
+def test_conditional_vae_passes():
+    check(conditional(), torch.bernoulli(torch.rand(10, 5)), torch.arange(10) % 3)
+
+
+@pytest.mark.parametrize(("label", "shown"), [(3, "y [0, 3]"), (-1, "y [-1, 2]")])
+def test_a_label_that_the_story_has_not_is_found_in_any_row(label, shown):
+    labels = torch.arange(10) % 3
+    labels[7] = label
+    assert_says(refusal(conditional(), torch.bernoulli(torch.rand(10, 5)), labels), "does not run on two rows", shown)
 
 
 def test_plain_story_with_two_latents_passes(x):
@@ -488,6 +498,11 @@ def test_observation_without_the_channel_of_the_likelihood_is_refused():
 def test_network_of_the_wrong_input_size_is_explained_with_the_shapes(x):
     message = refusal(Told(encode=nn.Linear(6, 4)), x)
     assert_says(message, "does not run on two rows", "x (2, 5)", "shapes that its networks take")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_story_in_half_precision_is_refused_with_the_remedy(dtype, x):
+    assert_says(refusal(Told().to(dtype), x), f"The story is in {dtype}", "mixed_precision=True", "model_dtype=")
 
 
 def test_whole_numbers_under_a_network_of_real_ones_are_refused():
@@ -970,6 +985,7 @@ def test_columns_of_different_length_are_refused(x):
 
 def test_empty_column_is_refused():
     assert_says(refusal(Told(), torch.zeros(0, 5)), "at least one observation", "x has the shape (0, 5)")
+    assert_says(refusal(Told(), torch.zeros(5, 0)), "of at least one number", "x has the shape (5, 0)")
 
 
 def test_single_number_as_column_is_refused():

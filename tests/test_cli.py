@@ -609,6 +609,26 @@ def test_a_damaged_configuration_of_a_run_is_one_line(text, capsys, run):
     assert "config.json" in line and ("damaged" in line or "ppl_vae/run/0" in line)
 
 
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        ("[1]", "damaged"),
+        ('{"epoch": 1}', "no number train_elbo"),
+        ('{"train_elbo": -9.0}', "no number epoch"),
+        ('{"epoch": "one", "train_elbo": -9.0}', "no number epoch"),
+        ('{"epoch": Infinity, "train_elbo": -9.0}', "inf is no epoch"),
+        (
+            '{"epoch": 1, "train_elbo": 0, "validation_elbo": 0}\n{"epoch": 2, "train_elbo": 0}',
+            "no number validation_elbo",
+        ),
+    ],
+)
+def test_a_forged_history_is_one_line(rows, reason, capsys, run):
+    (run / "metrics.jsonl").write_text(rows)
+    line = unchanged(run, lambda: refusal(capsys, "report", run))
+    assert "metrics.jsonl" in line and reason in line
+
+
 def test_compare_of_one_run_is_one_line(capsys, trained):
     assert "at least two runs" in refusal(capsys, "compare", trained["plane"])
     twice = (trained["plane"], trained["plane"].parent / "deep" / ".." / "plane")

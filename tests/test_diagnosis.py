@@ -133,6 +133,15 @@ def test_tables_of_other_weights_or_observations_are_out_of_date(tmp_path):
     assert list(diagnosis.read(tmp_path, story)) == []
 
 
+def test_a_table_that_does_not_say_of_what_it_is_counts_as_out_of_date(tmp_path):
+    story, x = small_vae(), images()
+    diagnostics.diagnose(story, x, sections=("guide",), folder=tmp_path, progress=False)
+    table = tables.load(tmp_path / "guide.nc")
+    del table.attrs["asked"]
+    table.to_netcdf(tmp_path / "guide.nc", engine="h5netcdf")
+    assert "Out of date" in diagnosis.read(tmp_path, story).unavailable["guide"]
+
+
 def test_a_damaged_table_is_computed_again_and_refused_by_readers(tmp_path):
     story = small_vae()
     found = diagnostics.diagnose(story, images(), sections=("guide",), folder=tmp_path, progress=False)

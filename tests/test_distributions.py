@@ -21,6 +21,7 @@ from ppl_vae.distributions import (
     Levels,
     MultivariateNormal,
     OpenInterval,
+    StudentT,
     ZeroInflated,
 )
 
@@ -31,6 +32,29 @@ def unit_grid(points=200_001):
     """The middles of so many pieces of the unit interval, denser towards both ends; and their lengths."""
     ends = torch.linspace(-40, 40, points).sigmoid()
     return (ends[1:] + ends[:-1]) / 2, ends.diff()
+
+
+# StudentT -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("df", [0.2, 1.0, 5.0, 100.0, 1e4, 1e6, 0.99e8, 1.01e8, 1e12, 1e18])
+def test_student_t_is_right_in_single_precision_for_any_degrees_of_freedom(df):
+    x = torch.tensor([0.0, 0.5, 3.0, -30.0])
+    exact = scipy.stats.t.logpdf(x, df, 0.5, 2.0) if df < 1e15 else scipy.stats.norm.logpdf(x, 0.5, 2.0)
+    ours = StudentT(torch.tensor(df), 0.5, 2.0).log_prob(x)
+    assert np.allclose(ours, exact, rtol=5e-7, atol=1e-6)
+
+
+def test_student_t_has_gradients_for_any_degrees_of_freedom(float64):
+    df = torch.tensor([0.2, 1.0, 30.0, 1e6, 1e12, 1e30], requires_grad=True)
+    StudentT(df, 0.5, 2.0).log_prob(torch.tensor(3.0)).sum().backward()
+    step = torch.tensor([1e-5, 1e-5, 1e-3])
+    few = df.detach()[:3].numpy()
+    slope = scipy.stats.t.logpdf(3.0, few + step.numpy(), 0.5, 2.0) - scipy.stats.t.logpdf(
+        3.0, few - step.numpy(), 0.5, 2.0
+    )
+    assert np.allclose(df.grad[:3], slope / (2 * step.numpy()), rtol=1e-4)
+    assert torch.allclose(df.grad[3:], torch.zeros(3), atol=1e-6)
 
 
 # ContinuousBernoulli --------------------------------------------------------------------------------------------------

@@ -576,9 +576,29 @@ REFUSED = {
         lambda: likelihoods.ZeroInflatedNegativeBinomial(Output(), 0.5, likelihoods.learned(torch.tensor([0.5, 0.0]))),
         r"between 0 and 1; found \[0\.5, 0\.0\]",
     ),
-    "total": (lambda: likelihoods.Binomial(Output(), torch.tensor([3, 0])), r"whole number; found tensor\(\[3, 0\]\)"),
-    "half total": (lambda: likelihoods.Binomial(Output(), 2.5), r"whole number; found 2\.5"),
-    "levels": (lambda: likelihoods.DiscretizedLogistic(Output(), 0.1, levels=1), "at least two levels; found 1"),
+    "total": (
+        lambda: likelihoods.Binomial(Output(), torch.tensor([3, 0])),
+        r"whole number up to .*; found tensor\(\[3, 0\]\)",
+    ),
+    "half total": (lambda: likelihoods.Binomial(Output(), 2.5), r"whole number up to .*; found 2\.5"),
+    "huge total": (lambda: likelihoods.Binomial(Output(), 10**400), "up to 16,777,216; found 1000"),
+    "tiny floor": (lambda: likelihoods.Normal(Output(), Output(), 1e-45), "from 1e-18 to 1e.18, or 0; found 1.*e-45"),
+    "levels": (lambda: likelihoods.DiscretizedLogistic(Output(), 0.1, levels=1), "at least two levels, .*; found 1"),
+    "no totals": (
+        lambda: likelihoods.Binomial(Output(), torch.zeros(0)),
+        "positive whole number up to .*; found tensor",
+    ),
+    "too many levels": (
+        lambda: likelihoods.DiscretizedLogistic(Output(), 0.1, 10**30),
+        "at most 16,777,216; found 1000",
+    ),
+    "beta": (lambda: likelihoods.Beta(Output(), 1e-6), "fixed scale must be at least 0.0001; found 1e-06"),
+    "beta's floor": (lambda: likelihoods.Beta(mlp(2, 4), mlp(2, 4), 1e-45), "must be at least 0.0001; found 1e-45"),
+    "huge start": (
+        lambda: likelihoods.Normal(Output(), likelihoods.learned(3e38)),
+        r"learned scale must start at 1e\+18 at most; found 3e\+38",
+    ),
+    "fixed df": (lambda: likelihoods.StudentT(Output(), 1.0, 0.1), "fixed df must be at least 0.2; found 0.1"),
     "no columns": (lambda: likelihoods.ByColumn(), "one likelihood or more; found none"),
 }
 

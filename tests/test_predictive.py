@@ -520,6 +520,12 @@ def test_images_of_numbers_are_covered_pixel_by_pixel():
     np.testing.assert_allclose(image, expected)
 
 
+@pytest.mark.parametrize("diagnostic", [predictive_check, pixel_calibration, coverage])
+def test_no_columns_at_all_are_refused(diagnostic):
+    with pytest.raises(ValueError, match="at least one column of data"):
+        diagnostic(small_vae())
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -493,7 +493,8 @@ REFUSED = {
     "no component": (lambda: priors.MixtureOfNormals(2, 0), ValueError, "components must be at least 1"),
     "no label": (lambda: priors.PerClass(2, 0), ValueError, "num_labels must be at least 1"),
     "high floor": (lambda: priors.Normal(2, floor=1.0), ValueError, "floor of a scale that starts at 1"),
-    "no freedom": (lambda: priors.StudentT(2, df=0), ValueError, "must be positive; found 0"),
+    "no freedom": (lambda: priors.StudentT(2, df=0), ValueError, "must lie between 0.2 and 1e.18; found 0"),
+    "infinite freedom": (lambda: priors.StudentT(2, df=float("inf")), ValueError, "must lie between .*; found inf"),
     "empty box": (lambda: priors.Uniform(2, 1, torch.tensor([2, 1])), ValueError, r"found 1\.0 and \[2\.0, 1\.0\]"),
     "one bound": (
         lambda: priors.VampPrior(nn.Linear(2, 2), torch.zeros(3, 2), low=0),
@@ -509,6 +510,17 @@ REFUSED = {
         lambda: priors.VampPrior(nn.Linear(2, 2), torch.ones(3, 2, dtype=torch.int64)),
         ValueError,
         r"real numbers; found torch\.int64",
+    ),
+    "huge guesses": (lambda: priors.VampPrior(nn.Linear(2, 2), torch.full((3, 2), 1e30)), ValueError, "up to 1e.12"),
+    "sparse guesses": (
+        lambda: priors.VampPrior(nn.Linear(2, 2), torch.zeros(3, 2).to_sparse()),
+        ValueError,
+        r"real numbers, each of them there; found torch\.float32, torch\.sparse_coo",
+    ),
+    "guesses of another shape": (
+        lambda: priors.VampPrior(nn.Linear(2, 2), torch.zeros(3, 5)),
+        ValueError,
+        r"does not take the pseudo-inputs, torch\.float32 of the shape \(3, 5\)",
     ),
     "nothing to couple": (lambda: priors.realnvp(1), ValueError, "needs two coordinates or more.*Use splines"),
     "no layers": (lambda: priors.splines(2, num_layers=0), ValueError, "num_layers must be at least 1"),

@@ -291,7 +291,10 @@ def test_part_of_a_file_is_refused(tmp_path):
     [
         (lambda table: table.drop_vars(["verdict", "ess"]), "it has no ess, verdict over observation"),
         (lambda table: table.rename(observation="row"), "it has no estimate, standard_error"),
-        (lambda table: table.drop_attrs(), "it has no attribute num_dimensions"),
+        (lambda table: table.drop_attrs(), "its attribute num_dimensions is None"),
+        (lambda table: table.assign(num_particles=table["num_particles"] * float("inf")), "num_particles are no whole"),
+        (lambda table: table.assign_attrs(num_dimensions=0), "its attribute num_dimensions is 0"),
+        (lambda table: table.assign_attrs(num_dimensions="ten"), "its attribute num_dimensions is 'ten'"),
     ],
 )
 def test_a_netcdf_file_of_something_else_is_refused(change, missing, tmp_path):

@@ -224,12 +224,24 @@ def test_other_threads_and_versions_are_said(tmp_path):
         lambda kept: kept.pop("tally"),
         lambda kept: kept["tally"].update(epoch="x"),
         lambda kept: kept.update(history=3),
+        lambda kept: kept["history"][0].pop("epoch"),
         lambda kept: kept["optimizer"].update(groups=[]),
         lambda kept: kept["optimizer"].update(numbers={"900": {"step": 1}}),
         lambda kept: kept.update(best=[]),
         lambda kept: kept.update(engine={}),
+        lambda kept: kept["best"].update(epoch=float("inf")),
     ],
-    ids=["no tally", "a word for a number", "no rows", "no groups", "an unknown parameter", "a list", "no engine"],
+    ids=[
+        "no tally",
+        "a word",
+        "no rows",
+        "a row of no epoch",
+        "no groups",
+        "an unknown parameter",
+        "a list",
+        "no engine",
+        "an infinite epoch",
+    ],
 )
 def test_f5_a_checkpoint_that_somebody_wrote_is_refused(spoil, tmp_path):
     trained(make(), checkpoints=tmp_path)
@@ -238,6 +250,18 @@ def test_f5_a_checkpoint_that_somebody_wrote_is_refused(spoil, tmp_path):
     spoil(about["training"])
     checkpoint.write(file, tensors, {"ties": about["ties"], "training": about["training"]})
     assert "malformed" in refusal(resume=tmp_path)
+
+
+@pytest.mark.parametrize("engine", ["svi", "captured"])
+def test_f5_weights_that_are_no_numbers_are_named(engine, tmp_path):
+    trained(make(), checkpoints=tmp_path, engine=engine)
+    (file,) = files_in(tmp_path)
+    about, tensors = checkpoint.read(file)
+    name = next(name for name in tensors if name.startswith("story/encoder"))
+    tensors[name] *= torch.nan
+    checkpoint.write(file, tensors, {"ties": about["ties"], "training": about["training"]})
+    with pytest.raises(FloatingPointError, match=f"The parameter '{name.removeprefix('story/')}' is not finite"):
+        fit(make(), images(200), epochs=9, batch_size=32, progress=False, resume=tmp_path, engine=engine)
 
 
 # Real processes

@@ -281,7 +281,8 @@ def read(folder: Path, story: Story) -> Diagnosis:
     current = [section for section, table in found.items() if table.attrs.get("weights") == weights]
     latest = max(current, key=lambda section: files[section].stat().st_mtime_ns, default=None)
     for section, table in found.items():
-        if latest is None or table.attrs.get("asked") != found[latest].attrs["asked"] or section not in current:
+        asked = None if latest is None else found[latest].attrs.get("asked")
+        if asked is None or table.attrs.get("asked") != asked or section not in current:
             found[section] = xr.Dataset(attrs={UNAVAILABLE: OUT_OF_DATE})
     return _sorted_out(found)
 

@@ -116,7 +116,7 @@ def atlas(
     >>> computed["probability"].dims, computed["probability"].shape
     (('row', 'column', 'label'), (4, 4, 2))
     """
-    checks.check_columns(checks.column_names(story, columns), columns)
+    checks.check_that_it_runs(story, *columns)
     checks.check_at_least(2, size=size)
     checks.check_at_least(1, num_nearest=num_nearest)
     numbers = None if labels is None else _check_labels(labels, len(columns[0]))
@@ -284,7 +284,7 @@ def traversals(
     >>> traversals(vae, torch.ones(6, 5), num_steps=7)["decoded"].shape
     (3, 7, 5)
     """
-    checks.check_columns(checks.column_names(story, columns), columns)
+    checks.check_that_it_runs(story, *columns)
     checks.check_at_least(2, num_steps=num_steps)
     if not 0 < reach < 1:
         raise ValueError(f"reach is a share of the prior between 0 and 1; found {reach:g}.")

@@ -765,7 +765,7 @@ def _chunks(story: Story, columns: Columns, site: str, group: Group, seed: int) 
 
 
 def _num_chunks(columns: Columns) -> int:
-    return -(-len(columns[0]) // ROWS_AT_ONCE)
+    return -(-len(columns[0]) // ROWS_AT_ONCE) if columns else 0
 
 
 def _marked(story: Story, columns: Columns) -> Assignments:

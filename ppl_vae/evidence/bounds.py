@@ -138,6 +138,7 @@ def evidence_bounds(
 
 def simulate(story: Story, columns: Columns, num_observations: int, seed: int) -> tuple[Columns, dict[str, Tensor]]:
     """New data, with conditions from the columns, and the latents that made them, by site name."""
+    checks.refuse_half_precision(story)
     if not columns:
         trace = traces.prior_predictive(story, num_observations, seed=seed)
         values = traces.draws(trace)
@@ -147,6 +148,7 @@ def simulate(story: Story, columns: Columns, num_observations: int, seed: int) -
                 f"The model takes {names}, its sites are {list(values)}: pass the columns, as to log_evidence."
             )
         return tuple(values[name] for name in names), {name: v for name, v in values.items() if name not in names}
+    checks.dry_run(story, *columns)
     with traces.scoring(story):
         scored = sharing.scored_columns(story, traces.to_story(story, columns))
         if not scored:

@@ -222,8 +222,10 @@ class Evidence:
         dataset = tables.load(path)
         if missing := [name for name in VARIABLES if name not in dataset or dataset[name].dims != ("observation",)]:
             raise ValueError(f"{str(path)!r} holds no evidence: it has no {', '.join(missing)} over observation.")
-        if "num_dimensions" not in dataset.attrs:
-            raise ValueError(f"{str(path)!r} holds no evidence: it has no attribute num_dimensions.")
+        if dataset["num_particles"].dtype.kind not in "iu":
+            raise ValueError(f"{str(path)!r} holds no evidence: its num_particles are no whole numbers.")
+        if not isinstance(number := dataset.attrs.get("num_dimensions"), int | np.integer) or number < 1:
+            raise ValueError(f"{str(path)!r} holds no evidence: its attribute num_dimensions is {number!r}.")
         return cls(dataset)
 
     def __str__(self) -> str:

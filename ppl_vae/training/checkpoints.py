@@ -20,13 +20,13 @@ from torch import Tensor
 
 from ppl_vae import checkpoint
 from ppl_vae.training.best import Best
-from ppl_vae.training.history import History, Row
+from ppl_vae.training.history import History, Row, rows_of
 from ppl_vae.training.steps import Tally, Task
 
 OPTIMIZER, BEST = "optimizer/", "best/"
 NAME = re.compile(r"step-(\d+)\.safetensors")
 KEPT = 2
-MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError)
+MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError, OverflowError)
 
 
 class Engines(Protocol):
@@ -198,11 +198,10 @@ def _read(path: Path) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
 def rows_in(path: Path) -> list[Row]:
     """The epochs that a checkpoint, or the latest in a folder, has behind it."""
     file, about, _ = _read(path)
-    training = about.get("training")
-    rows = training.get("history") if isinstance(training, dict) else None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{str(file)!r} holds a story and no training to go on with.")
-    return rows
+    try:
+        return rows_of(about["training"]["history"])
+    except MALFORMED:
+        raise ValueError(f"{str(file)!r} holds a story and no training to go on with.") from None
 
 
 def shards_in(path: Path) -> int:
@@ -272,7 +271,7 @@ def _put_back(
     _put_back_optimizer(task.optimizer, kept["optimizer"], tensors)
     if training.scheduler is not None:
         training.scheduler.load_state_dict(kept["schedule"])
-    training.history.rows[:] = kept["history"]
+    training.history.rows[:] = rows_of(kept["history"])
     training.engine.recall(kept["engine"])
     return Tally.from_table(task, kept["tally"])
 

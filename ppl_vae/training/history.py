@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -39,3 +40,17 @@ class History:
         if "validation_elbo" not in self.rows[0]:
             return int(self["epoch"][-1])
         return int(self["epoch"][np.nanargmax(self["validation_elbo"])])
+
+
+def rows_of(history: Any) -> list[Row]:
+    """What a file tells of epochs; ValueError where that is no history of a training."""
+    if not isinstance(history, list) or not all(isinstance(row, dict) for row in history):
+        raise ValueError("its history is no list of epochs")
+    judged = {"validation_elbo"} if any("validation_elbo" in row for row in history) else set()
+    for row in history:
+        for name in sorted({"epoch", "train_elbo"} | judged):
+            if not isinstance(row.get(name), int | float):
+                raise ValueError(f"an epoch of its history has no number {name}")
+        if not float(row["epoch"]).is_integer():
+            raise ValueError(f"{row['epoch']} is no epoch")
+    return history

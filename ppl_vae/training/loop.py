@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ppl_vae import checkpoint, checks, discrete, noise, objectives, traces
-from ppl_vae.capture import CaptureError
+from ppl_vae.capture import CaptureError, first_line
 from ppl_vae.checks import Transform
 from ppl_vae.memory import within_memory
 from ppl_vae.noise import Purpose
@@ -97,8 +97,8 @@ def fit(
         engine: ``"svi"`` is ``pyro.infer.SVI``, the reference. ``"captured"`` traces its step once and replays it,
             which is faster and takes the same steps; Python in story and transform then runs only while tracing.
             ``"auto"`` captures where that is possible, and logs why where it is not.
-        compile: compile the captured step by inductor, which needs a C++ compiler and some 10 to 25 seconds, and draws
-            other random numbers; None does so where the training is long enough to win.
+        compile: compile the captured step by inductor, which needs a C++ compiler and some 10 to 25 seconds. Several
+            small steps are then one call, with noise of its own. None does so where the training is long enough to win.
         mixed_precision: matrix products and convolutions in bfloat16, densities and loss in the story's dtype.
         kl_warmup: epochs over which the latent terms grow from 1/kl_warmup to their full weight. Patience counts
             after them.
@@ -207,7 +207,12 @@ def fit(
 def _take_epoch(training: Training, tally: Tally, validate: Callable[[], float] | None) -> Row:
     """The rest of an epoch, judged and written into the history."""
     started, task, rate = time.perf_counter(), training.task, training.task.optimizer.param_groups[0]["lr"]
-    training.history.engine = training.engine.take_epoch(tally)
+    try:
+        training.history.engine = training.engine.take_epoch(tally)
+    except (RuntimeError, ValueError) as error:
+        if (lost := task.lost_parameter()) is None:
+            raise
+        raise FloatingPointError(f"The parameter {lost!r} is not finite, which fails ({first_line(error)}).") from error
     _keep_equal(task)
     row: Row = {"epoch": tally.epoch, "step": tally.epoch * task.batches_in_epoch} | tally.row
     row |= {"kl_factor": cast(float, task.tempering.factor), "learning_rate": rate}

@@ -149,8 +149,15 @@ class Task:
             parameter.grad = gradient if times else None
         return loss
 
+    def lost_parameter(self) -> str | None:
+        """The first parameter that is not finite, which only a damaged checkpoint or a huge step leaves behind."""
+        parameters = self.story.named_parameters()
+        return next((name for name, parameter in parameters if not bool(parameter.isfinite().all())), None)
+
     def explain_non_finite(self, epoch: int, number: int) -> str:
-        """Names the first site of a batch whose log probability is not finite."""
+        """Names the first parameter that is not finite, else the first site of a batch whose log probability is not."""
+        if lost := self.lost_parameter():
+            return f"The parameter {lost!r} is not finite: no batch of epoch {epoch} has a finite loss."
         where = "none: only the gradient overflows; try a smaller learning rate, or clip"
         for shard, rows in reversed(self.parts(self.batches(epoch)[number])):
             self.reseed(epoch, number, shard)
