@@ -19,6 +19,8 @@ from torch.fx.graph import CodeGen
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from ppl_vae import lowering
+
 aten = torch.ops.aten
 
 
@@ -54,7 +56,7 @@ class Program:
         Raises:
             CaptureError: when inductor cannot, for instance where there is no C++ compiler.
         """
-        from torch import _inductor  # a second of imports, for those who compile
+        from torch._inductor.compile_fx import compile_fx  # a second of imports, for those who compile
 
         try:
             options = {
@@ -62,8 +64,10 @@ class Program:
                 "freezing": frozen,
                 "fallback_random": True,
             }
+            instead = lowering.decompositions(with_products=not many_small)
             with torch.no_grad():
-                return _without_gradients(cast(Any, _inductor.compile(self.graph, list(tensors), options)))
+                program = compile_fx(self.graph, list(tensors), config_patches=options, decompositions=instead)
+                return _without_gradients(cast(Any, program))
         except Exception as error:  # the compiler's, the linker's, or inductor's own
             raise CaptureError(f"it could not be compiled ({first_line(error)})") from error
 

@@ -509,7 +509,7 @@ REFUSED = {
     "whole numbers": (
         lambda: priors.VampPrior(nn.Linear(2, 2), torch.ones(3, 2, dtype=torch.int64)),
         ValueError,
-        r"real numbers; found torch\.int64",
+        r"real numbers, each of them there; found torch\.int64",
     ),
     "huge guesses": (lambda: priors.VampPrior(nn.Linear(2, 2), torch.full((3, 2), 1e30)), ValueError, "up to 1e.12"),
     "sparse guesses": (

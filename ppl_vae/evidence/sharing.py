@@ -18,6 +18,7 @@ from torch.nn.functional import softplus
 from ppl_vae import noise, traces
 from ppl_vae.discrete import tell
 from ppl_vae.evidence.joint import latent_sites
+from ppl_vae.products import product
 from ppl_vae.stored import row_slices
 from ppl_vae.traces import Columns, Site, Story, observed_sites
 
@@ -116,7 +117,7 @@ def _(distribution: dist.Independent, x: Tensor, event_dim: int) -> Tensor:
 @cross_log_prob.register
 def _(distribution: dist.Bernoulli, x: Tensor, event_dim: int) -> Tensor:
     logits = distribution.logits.flatten(1) if event_dim else distribution.logits.unsqueeze(1)
-    return torch.addmm(-softplus(logits).sum(1), x.reshape(len(x), -1), logits.T)
+    return product(x.reshape(len(x), -1), logits.T, -softplus(logits).sum(1))
 
 
 @cross_log_prob.register
@@ -128,7 +129,7 @@ def _(distribution: dist.Binomial, x: Tensor, event_dim: int) -> Tensor:
         return _broadcast(distribution, x, event_dim)
     x, count = x.reshape(len(x), -1), count[0]
     ways = (torch.lgamma(count + 1) - torch.lgamma(x + 1) - torch.lgamma(count - x + 1)).sum(1)
-    return ways.unsqueeze(1) + torch.addmm(-(count * softplus(logits)).sum(1), x, logits.T)
+    return ways.unsqueeze(1) + product(x, logits.T, -(count * softplus(logits)).sum(1))
 
 
 @cross_log_prob.register
@@ -137,7 +138,7 @@ def _(distribution: dist.Poisson, x: Tensor, event_dim: int) -> Tensor:
     if not bool((rate > 0).all()):  # where nothing can happen, 0 log 0 is no matrix product
         return _broadcast(distribution, x, event_dim)
     x = x.reshape(len(x), -1)
-    return torch.addmm(-rate.sum(1), x, rate.log().T) - torch.lgamma(x + 1).sum(1, keepdim=True)
+    return product(x, rate.log().T, -rate.sum(1)) - torch.lgamma(x + 1).sum(1, keepdim=True)
 
 
 @cross_log_prob.register
@@ -146,5 +147,5 @@ def _(distribution: dist.Normal, x: Tensor, event_dim: int) -> Tensor:
     x = x.reshape(len(x), -1)
     center = loc.mean(0)  # differences of large squares lose digits: measure both from the middle of the grid
     x, loc, precision = x - center, loc - center, scale**-2
-    squares = x.square() @ precision.T - 2 * x @ (loc * precision).T + (loc.square() * precision).sum(1)
+    squares = product(x.square(), precision.T, (loc.square() * precision).sum(1)) - 2 * product(x, (loc * precision).T)
     return -squares / 2 - scale.log().sum(1) - math.log(2 * math.pi) / 2 * loc.shape[1]

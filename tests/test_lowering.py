@@ -1,0 +1,75 @@
+"""What a compiled program computes by other operations than were traced."""
+
+import numpy as np
+import pytest
+import torch
+
+from ppl_vae import lowering, products
+from ppl_vae.capture import capture
+
+EDGES = [0.0, -0.0, -1.0, -2.0, torch.inf, -torch.inf, torch.nan]
+
+
+def numbers(dtype):
+    """From all scales, both signs, and next to where the logarithm is infinite or the sum rounds to one."""
+    info = torch.finfo(dtype)
+    largest = np.log10(info.max) - 1
+    sizes = torch.logspace(np.log10(info.tiny), largest, 20_000, dtype=torch.float64)
+    below = -torch.linspace(0, 1, 20_000, dtype=torch.float64)[:-1]
+    near = torch.tensor([1.0, -1.0], dtype=torch.float64) * info.eps * torch.linspace(0.01, 8, 4000).double()[:, None]
+    return torch.cat([sizes, -sizes[sizes < 1], below, near.flatten(), near.flatten() - 1]).to(dtype)
+
+
+def units_in_the_last_place(ours, exact):
+    return np.abs(ours.double().numpy() - exact) / np.spacing(np.abs(exact).astype(ours.numpy().dtype)).astype(float)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_log1p_is_right_to_a_few_units_in_the_last_place(dtype):
+    x = numbers(dtype)
+    x = x[x > -1]
+    exact = np.log1p(x.numpy().astype(np.longdouble))
+    assert units_in_the_last_place(lowering.log1p(x), exact).max() < 4
+    assert units_in_the_last_place((1 + x).log(), exact).max() > 1e6  # what it must not be
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_log1p_at_the_edges_is_torchs(dtype):
+    x = torch.tensor(EDGES, dtype=dtype)
+    ours, theirs = lowering.log1p(x), torch.log1p(x)
+    assert torch.equal(ours.isnan(), theirs.isnan())
+    assert torch.equal(ours.nan_to_num(7.0), theirs.nan_to_num(7.0))
+    assert torch.equal(ours[:2].signbit(), theirs[:2].signbit())
+
+
+def test_log1p_of_other_kinds_is_left_to_inductor():
+    assert lowering.log1p(torch.ones(3, dtype=torch.bfloat16)) is NotImplemented
+
+
+@pytest.mark.slow
+def test_compiled_softplus_keeps_its_digits_where_it_is_small():
+    x = torch.linspace(-80, 20, 4096)
+    program = capture(lambda x: (torch.nn.functional.softplus(x), torch.nn.functional.logsigmoid(x)), x).compiled(x)
+    softplus, logsigmoid = program(x)
+    exact = np.logaddexp(0, x.double().numpy())
+    np.testing.assert_allclose(softplus, exact, rtol=1e-6)
+    np.testing.assert_allclose(logsigmoid, -np.logaddexp(0, -x.double().numpy()), rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+def test_a_compiled_program_multiplies_as_products_do(monkeypatch):
+    monkeypatch.setattr(products, "_has_more_than_mkl_uses", lambda: True)
+    x, weight, bias = torch.randn(300, 200), torch.randn(250, 200), torch.randn(250)
+
+    def layer_and_gradient(x, weight, bias):
+        y = torch.addmm(bias, x, weight.T).relu()
+        return y, y @ weight, y.T @ x
+
+    program = capture(layer_and_gradient, x, weight, bias).compiled(x, weight, bias)
+    y = products.product(x, weight.T, bias).relu()
+    for ours, theirs in zip(
+        program(x, weight, bias), (y, products.product(y, weight), products.product(y.T, x)), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+        assert ours.abs().max() > 0
