@@ -78,10 +78,11 @@ def _refuse_claims(path: Path) -> None:
 
 
 def _refuse_endless_heaps(path: Path) -> None:
-    """Raises ValueError for free space of no size in a heap of words, on which HDF5 2.0 and older wait for ever.
+    """Raises ValueError for a heap of words whose parts do not fit into it, in which HDF5 2.0 and older walk for ever.
 
     HDF5 file format, version 3, III.E: a heap is ``GCOL``, a version, and its size, then objects, each of them an
-    index, a count, and its size. Index 0 is free space, whose size includes the 16 bytes that say so.
+    index, a count, and its size. Index 0 is free space, whose size includes the 16 bytes that say so. HDF5 adds sizes
+    up without a look at the end of the heap: none at all keeps it where it is, and a huge one takes it back.
     """
     size = path.stat().st_size
     left = size // 16  # more objects than a file has room for are in heaps that lie in each other
@@ -95,10 +96,11 @@ def _refuse_endless_heaps(path: Path) -> None:
             offset = 0
             while offset + 16 <= len(heap):
                 index, _, length = struct.unpack_from("<HHxxxxQ", heap, offset)
+                taken = length if index == 0 else 16 + (length + 7) // 8 * 8
                 left -= 1
-                if left < 0 or (index == 0 and length == 0):
+                if left < 0 or not 16 <= taken <= len(heap) - offset:
                     raise ValueError("a heap of words has no end")
-                offset += length if index == 0 else 16 + (length + 7) // 8 * 8
+                offset += taken
 
 
 def _places_of(word: bytes, file: IO[bytes]) -> Iterator[int]:

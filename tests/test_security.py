@@ -354,28 +354,30 @@ def test_a_table_cannot_read_another_file(tmp_path):
         tables.load(tmp_path / "table.nc")
 
 
-def free_space_in_heaps(content):
-    """Where the heaps of an HDF5 file say how much of them is free."""
+def sizes_in_heaps(content):
+    """Where the heaps of an HDF5 file say how large something in them is, and whether that is free space."""
     start = content.find(b"GCOL")
     while start >= 0:
         place, end = start + 16, start + int.from_bytes(content[start + 8 : start + 16], "little")
-        while place < end and content[place : place + 2] != b"\0\0":
+        is_free = False
+        while place < end and not is_free:
+            is_free = content[place : place + 2] == b"\0\0"
+            yield place + 8, is_free
             place += 16 + (int.from_bytes(content[place + 8 : place + 16], "little") + 7) // 8 * 8
-        if place < end:
-            yield place + 8
         start = content.find(b"GCOL", start + 1)
 
 
-def test_a_heap_without_an_end_is_refused(tmp_path):
+@pytest.mark.parametrize("size", [0, 2**63, 2**64 - 1, 2**64 - 16, 2**64 - 4096], ids=hex)
+def test_a_heap_without_an_end_is_refused(size, tmp_path):
     """HDF5 2.0 looks for its next object for ever, and no signal interrupts it."""
     words = np.array([f"word {number}" for number in range(1000)], dtype=object)
     tables.save(xr.Dataset({"words": ("observation", words)}), tmp_path / "table.nc")
-    content = bytearray((tmp_path / "table.nc").read_bytes())
+    content = (tmp_path / "table.nc").read_bytes()
     assert tables.load(tmp_path / "table.nc")["words"].values.tolist() == words.tolist()
-    places = list(free_space_in_heaps(bytes(content)))
-    assert places
-    for place in places:
-        changed = content[:place] + bytes(8) + content[place + 8 :]
+    places = [place for place, is_free in sizes_in_heaps(content) if is_free or size > 0]
+    assert len(places) > (1000 if size else 0)
+    for place in [*places[:3], *places[-3:]]:
+        changed = content[:place] + size.to_bytes(8, "little") + content[place + 8 :]
         (tmp_path / "table.nc").write_bytes(changed)
         with pytest.raises(ValueError, match=r"table\.nc' is not a whole netCDF file: a heap of words has no end"):
             tables.load(tmp_path / "table.nc")
