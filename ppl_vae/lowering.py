@@ -19,7 +19,10 @@ def decompositions(with_products: bool) -> dict[Any, Callable[..., Any]]:
     """
     from torch._inductor.decomposition import decompositions as of_inductor
 
-    ours: dict[Any, Callable[..., Any]] = {aten.log1p.default: log1p}
+    ours: dict[Any, Callable[..., Any]] = {
+        aten.log1p.default: log1p,
+        aten.convolution_backward.default: _convolution_backward,
+    }
     if with_products:
         ours |= {aten.mm.default: _mm, aten.addmm.default: _addmm}
     return of_inductor | ours
@@ -40,10 +43,21 @@ def log1p(x: Tensor) -> Tensor:
 
 
 def _mm(left: Tensor, right: Tensor) -> Tensor:
-    return torch.ops.ppl_vae.product(left, right, None) if products.gains(left, right) else NotImplemented
+    return torch.ops.ppl_vae.product(left.contiguous(), right, None) if products.gains(left, right) else NotImplemented
 
 
 def _addmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     if bias.shape != right.shape[1:] or (beta, alpha) != (1, 1) or not products.gains(left, right):
         return NotImplemented
     return torch.ops.ppl_vae.product(left, right, bias)
+
+
+def _convolution_backward(
+    gradient: Tensor, x: Tensor, weight: Tensor, bias_sizes: list[int] | None, *settings: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of the bias as a sum, which oneDNN takes longer for than it needs to be read."""
+    *others, (for_x, for_weight, for_bias) = settings
+    if not for_bias:
+        return NotImplemented
+    by_x, by_weight, _ = aten.convolution_backward(gradient, x, weight, bias_sizes, *others, [for_x, for_weight, False])
+    return by_x, by_weight, gradient.sum([0, *range(2, gradient.dim())])

@@ -19,7 +19,7 @@ from ppl_vae import traces
 from ppl_vae.capture import CaptureError, Program, capture, clones, first_line
 from ppl_vae.memory import keep_what_is_freed
 from ppl_vae.traces import Story
-from ppl_vae.training.optimizers import frozen_numbers, held_by, is_fused, tensors_in, traced_step
+from ppl_vae.training.optimizers import LongRows, frozen_numbers, held_by, held_in, is_fused, tensors_in, traced_step
 from ppl_vae.training.steps import Tally, Task, average_and_clip, gradients_of
 from ppl_vae.training.supply import Batch, Part, Supply, are_stored, supply
 
@@ -27,7 +27,7 @@ log = logging.getLogger("ppl_vae")
 
 Step = Callable[..., tuple[Tensor, ...]]  # (*state, *columns, factor, *rates, rows) -> loss, norm of the gradient
 
-STEPS_PER_CALL = 4
+MOST_STEPS_PER_CALL = 8
 LARGE_STEP = 1e8  # in floating point operations: the calls between them do not matter then
 STEPS_UNTIL_READ = 50  # on CUDA, where reading a number waits for the device
 LARGEST_DIFFERENCE = 1e-3
@@ -91,6 +91,7 @@ class CapturedEngine(Replaying):
         super().__init__(task, total_steps, compiled)
         self.steps: dict[int, Step] = {}
         self.group: Step | None = None
+        self.steps_in_group = min(MOST_STEPS_PER_CALL, len(task.columns[0]) // task.batch_size)
         self.snapshot: list[Tensor] = []
         self.on_cuda = task.device.type == "cuda"
 
@@ -117,11 +118,11 @@ class CapturedEngine(Replaying):
         number = tally.number
         while number < len(batches):
             self.task.reseed(tally.epoch, number)
-            if self.group and number + STEPS_PER_CALL <= whole:
+            if self.group and number + self.steps_in_group <= whole:
                 unread.read()
-                rows = torch.stack(tuple(batches.rows[number : number + STEPS_PER_CALL]))
+                rows = torch.stack(tuple(batches.rows[number : number + self.steps_in_group]))
                 unread.add(*self._several([*state, *self.task.columns, *settings], rows), rows.shape[1])
-                number += STEPS_PER_CALL
+                number += self.steps_in_group
             else:
                 (part,) = batches[number].parts
                 loss, norm = self.steps[len(part.rows)](*state, *part.columns, *settings, part.rows)
@@ -176,8 +177,8 @@ class CapturedEngine(Replaying):
         Rows that are read from disk come batch by batch, so their steps are compiled one by one.
         """
         try:
-            if self.flops < LARGE_STEP and not are_stored(self.task.columns):
-                self.group = self._compiled_group(torch.stack([part.rows] * STEPS_PER_CALL))
+            if self.flops < LARGE_STEP and self.steps_in_group and not are_stored(self.task.columns):
+                self.group = self._compiled_group(part)
             else:
                 function, inputs = StepFunction(self.task, "outside", compiled=True), inputs_of(self.task, part)
                 program = trainable(capture(function, *inputs)).compiled(*inputs)
@@ -190,25 +191,39 @@ class CapturedEngine(Replaying):
                 raise
             log.info("training is captured but not compiled: %s", error)
 
-    def _compiled_group(self, rows: Tensor) -> Step:
+    def _compiled_group(self, part: Part) -> Step:
         """Steps that are taken without a look at their gradients.
 
         One that is not finite leaves its trace in the parameters or in what the optimizer remembers, whose sum is
         returned with the losses.
         """
-        function = StepFunction(self.task, "unguarded", compiled=True)
-        self.snapshot = clones(state_of(self.task))
-        num_parameters = sum(1 for _ in self.task.story.named_parameters())
-        num_buffers = sum(1 for _ in self.task.story.named_buffers())
+        task, story = self.task, self.task.story
+        function = StepFunction(task, "outside", compiled=True)
+        capture(function, *inputs_of(task, part))  # which parameters have a gradient
+        long_rows = LongRows(task.optimizer, function.trained)
+        self.snapshot = clones(state_of(task))
+        parameters = [parameter for _, parameter in story.named_parameters()]
+        first, last = len(parameters) + sum(1 for _ in story.named_buffers()), len(self.snapshot)
+        first_rate = last + len(task.columns) + 1
 
         def several(*flat: Tensor) -> tuple[Tensor, Tensor]:
             *inputs, rows = flat
-            losses = torch.stack([function(*inputs, batch)[0] for batch in rows])
-            state = [*inputs[:num_parameters], *inputs[num_parameters + num_buffers : len(self.snapshot)]]
-            moved = [tensor.sum() for tensor in state if tensor.is_floating_point()]
-            return losses, torch.stack([part.to(losses) for part in moved]).sum()
+            given = dict(zip(parameters, inputs, strict=False))
+            held = held_in(task.optimizer, given, inputs[first:last])
+            moving, losses = long_rows.gather(held), []
+            for batch in rows:
+                moved = held | long_rows.spread(moving)
+                now = [moved[parameter, ""] for parameter in parameters]
+                loss, _, *gradients = function(*now, *inputs[len(now) :], batch)
+                losses.append(loss)
+                long_rows.move(moving, dict(zip(function.trained, gradients, strict=True)), inputs[first_rate:])
+            for place, tensor in long_rows.spread(moving).items():
+                if tensor is not held[place]:
+                    held[place].copy_(tensor)
+            sums = [tensor.sum() for row in moving for tensor in row.values() if tensor.is_floating_point()]
+            return torch.stack(losses), torch.stack([part.to(losses[0]) for part in sums]).sum()
 
-        inputs = [*state_of(self.task), *self.task.columns, *settings_of(self.task), rows]
+        inputs = [*inputs_of(task, part)[:-1], torch.stack([part.rows] * self.steps_in_group)]
         group = capture(several, *inputs).compiled(*inputs, many_small=True)
         with _unchanged(self.task):
             group(*inputs)
@@ -281,15 +296,15 @@ class StepFunction:
     of other parts of the batch.
 
     Attributes:
-        optimizer: inside the step, "fused" or "guarded" (in single operations), where both stay put if the gradient is
-            not finite, or "unguarded"; or "outside" of it; or "after others".
+        optimizer: inside the step, "fused" or "guarded" (in single operations), both staying put where the gradient is
+            not finite; or "outside" of it; or "after others".
         trained: parameters that have a gradient; known after a trace.
     """
 
     def __init__(
         self,
         task: Task,
-        optimizer: Literal["fused", "guarded", "unguarded", "outside", "after others"],
+        optimizer: Literal["fused", "guarded", "outside", "after others"],
         compiled: bool = False,
     ) -> None:
         self.task = task
@@ -322,9 +337,8 @@ class StepFunction:
             return loss.detach(), norm, *gradients
         for parameter, gradient in zip(self.trained, gradients, strict=True):
             parameters[parameter].grad = gradient
-        is_finite = None if self.optimizer == "unguarded" else (norm - norm) == 0
         fused = self.optimizer == "fused"
-        traced_step(self.task.optimizer, parameters, remembered, rates, is_finite, fused, divided_later)
+        traced_step(self.task.optimizer, parameters, remembered, rates, (norm - norm) == 0, fused, divided_later)
         return loss.detach(), norm
 
     def _loss_and_grads(

@@ -2,7 +2,7 @@
 
 import copy
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 from unittest.mock import patch
 
@@ -24,7 +24,11 @@ def held_by(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 
 def tensors_in(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """What the optimizer remembers of its parameters."""
-    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    return [value for state in optimizer.state.values() for value in _tensors(state).values()]
+
+
+def _tensors(state: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def frozen_numbers(optimizer: torch.optim.Optimizer) -> Any:
@@ -82,6 +86,89 @@ def traced_step(
             twin.step()
         else:
             _step_where(is_finite, twin, list(parameters.values()), remembered)
+
+
+Held = dict[tuple[nn.Parameter, str], Tensor]  # by name: "" is the parameter, all else what is remembered of it
+
+
+def held_in(
+    optimizer: torch.optim.Optimizer, parameters: dict[nn.Parameter, Tensor], remembered: Iterable[Tensor]
+) -> Held:
+    """Tensors in the place of parameters and of :func:`tensors_in`, by what they stand for."""
+    names = [(parameter, name) for parameter, state in optimizer.state.items() for name in _tensors(state)]
+    pairs = zip(cast(Any, names), remembered, strict=True)
+    return {(parameter, ""): tensor for parameter, tensor in parameters.items()} | dict(pairs)
+
+
+class LongRows:
+    """An optimizer of the same kind that moves few long rows in the place of many parameters.
+
+    An optimizer with a fused step treats each number by itself: its parameters come into one row that share their
+    group, their dtype and their number of steps. Those of any other optimizer stay alone, in their own shape.
+
+    Args:
+        optimizer: is not touched.
+        trained: the parameters that have a gradient.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, trained: Sequence[nn.Parameter]) -> None:
+        self.rows: dict[Any, list[nn.Parameter]] = {}
+        for number, group in enumerate(optimizer.param_groups):
+            for parameter in [p for p in group["params"] if any(p is one for one in trained)]:
+                state = optimizer.state.get(parameter, {})
+                alike = (parameter.dtype, float(state.get("step", 0)), *_tensors(state))
+                alike = alike if is_fused(optimizer) else id(parameter)
+                self.rows.setdefault((number, alike), []).append(parameter)
+        self.optimizer: Any = copy.copy(optimizer)
+        self.optimizer.param_groups, self.optimizer.state = [], defaultdict(dict)
+        parameters = {p: p.detach() for p in held_by(optimizer)}
+        rows = self.gather(held_in(optimizer, parameters, tensors_in(optimizer)))
+        for ((number, _), (first, *_)), row in zip(self.rows.items(), rows, strict=True):
+            stand_in = nn.Parameter(row.pop(""))
+            self.optimizer.param_groups.append(optimizer.param_groups[number] | {"params": [stand_in]})
+            self.optimizer.state[stand_in] = optimizer.state.get(first, {}) | row
+        self.of_group = [number for number, _ in self.rows]
+
+    def gather(self, held: Held) -> list[dict[str, Tensor]]:
+        """For each row the long parameter, and what is remembered of it; a single parameter is handed on as it is."""
+        rows = []
+        for members in self.rows.values():
+            names = [name for parameter, name in held if parameter is members[0]]
+            rows.append({name: _in_a_row(name, [held[parameter, name] for parameter in members]) for name in names})
+        return rows
+
+    def spread(self, rows: Sequence[dict[str, Tensor]]) -> Held:
+        """What :meth:`gather` gathered, as views."""
+        return {
+            (parameter, name): part
+            for members, row in zip(self.rows.values(), rows, strict=True)
+            for name, long in row.items()
+            for parameter, part in zip(members, _parts(name, long, members), strict=True)
+        }
+
+    def move(
+        self, rows: Sequence[dict[str, Tensor]], gradients: dict[nn.Parameter, Tensor], rates: Sequence[Tensor]
+    ) -> None:
+        """One step of the optimizer, in place; learning rates are those of the groups of the original."""
+        remembered = [tensor for row in rows for name, tensor in row.items() if name]
+        parameters = {}
+        for stand_in, members, row in zip(held_by(self.optimizer), self.rows.values(), rows, strict=True):
+            row[""].grad = _in_a_row("", [gradients[parameter] for parameter in members])
+            parameters[stand_in] = row[""]
+        traced_step(self.optimizer, parameters, remembered, [rates[n] for n in self.of_group], None, fused=False)
+
+
+def _in_a_row(name: str, tensors: Sequence[Tensor]) -> Tensor:
+    if len(tensors) == 1 or name == "step":
+        return tensors[0]
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def _parts(name: str, long: Tensor, members: Sequence[nn.Parameter]) -> Sequence[Tensor]:
+    if len(members) == 1 or name == "step":
+        return [long] * len(members)
+    parts = long.split([member.numel() for member in members])
+    return [part.view(member.shape) for part, member in zip(parts, members, strict=True)]
 
 
 def _step_where(
