@@ -5,6 +5,7 @@ runs only while tracing, so its numbers and branches are frozen; whatever change
 """
 
 import operator
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,7 +66,8 @@ class Program:
                 "fallback_random": True,
             }
             instead = lowering.decompositions(with_products=not many_small)
-            with torch.no_grad():
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # inductor's, of itself
                 program = compile_fx(self.graph, list(tensors), config_patches=options, decompositions=instead)
                 return _without_gradients(cast(Any, program))
         except Exception as error:  # the compiler's, the linker's, or inductor's own

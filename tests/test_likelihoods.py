@@ -14,6 +14,7 @@ import scipy.stats
 import torch
 from density_laws import missing_classes
 from example_parts import LIKELIHOODS
+from gradient_laws import assert_compiled_gradient_is_the_captured_one
 from torch import nn
 from torch.distributions import MixtureSameFamily, constraints
 
@@ -248,6 +249,14 @@ def test_captured_training_takes_the_steps_of_svi(make):
     assert histories[0]["skipped_steps"].sum() == 0
     for key, tensor in story.state_dict().items():
         assert torch.equal(tensor, twin.state_dict()[key]), key
+
+
+@pytest.mark.slow
+@each_likelihood
+def test_the_compiled_gradient_is_the_captured_one(make):
+    likelihood = make()
+    x = likelihood(torch.randn(24, 2)).sample().float()
+    assert_compiled_gradient_is_the_captured_one(story_of(likelihood, x.shape[1:]), x)
 
 
 @each_likelihood

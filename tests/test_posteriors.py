@@ -19,6 +19,7 @@ from density_laws import (
     waves,
 )
 from example_parts import EVENT, LATENT_DIM, POSTERIORS, encode
+from gradient_laws import assert_compiled_gradient_is_the_captured_one
 from pyro.distributions import transforms
 from torch import nn
 
@@ -245,6 +246,12 @@ def test_a_captured_training_is_that_of_svi_and_can_go_on(make):
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
     for name, tensor in start.named_parameters():
         assert not torch.equal(tensor, states[0][name]), name
+
+
+@pytest.mark.slow
+@each_posterior
+def test_the_compiled_gradient_is_the_captured_one(make):
+    assert_compiled_gradient_is_the_captured_one(story(make()), observations())
 
 
 @each_posterior

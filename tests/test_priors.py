@@ -12,6 +12,7 @@ import scipy.stats
 import torch
 from density_laws import assert_density_integrates_to_one, assert_samples_match_density, missing_classes, moved
 from example_parts import EVENT, LATENT_DIM, POSTERIORS, PRIORS, vamp_prior
+from gradient_laws import assert_compiled_gradient_is_the_captured_one
 from pyro.distributions import transforms
 from pyro.infer import SVI, Trace_ELBO
 from torch import nn
@@ -219,6 +220,12 @@ def test_a_captured_training_is_that_of_svi_and_can_go_on(make):
         name for name, tensor in start.prior.named_parameters() if not torch.equal(tensor, states[0]["prior." + name])
     ]
     assert moved == [name for name, _ in start.prior.named_parameters()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in PRIORS if not name.startswith("VampPrior of")])
+def test_the_compiled_gradient_is_the_captured_one(name):
+    assert_compiled_gradient_is_the_captured_one(story(PRIORS[name]()), observations())
 
 
 @pytest.mark.parametrize("name", ["MixtureOfNormals", "Flow, realnvp", "Flow, splines", "VampPrior of FullNormal"])
