@@ -945,8 +945,10 @@ def build(configuration: StoryConfiguration, seed: int = 0) -> "VAE":
                 encoder = posteriors.Box(encoder, configuration.prior.low, configuration.prior.high)
             prior = configuration.prior.build(latent_dim, encoder, event_shape)
             story = VAE(prior, decoder, encoder)
-    except (RuntimeError, TypeError) as error:  # how torch says that a size is beyond its memory, or its integers
-        raise ValueError(f"A story of these sizes cannot be built: {str(error).splitlines()[0]}.") from error
+    except (RuntimeError, TypeError, MemoryError) as error:  # how a size beyond memory, or 64 bits, is told
+        raise ValueError(
+            f"A story of these sizes cannot be built: {str(error).splitlines()[0].rstrip('.')}."
+        ) from error
     story.configuration = configuration
     return story
 

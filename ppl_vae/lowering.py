@@ -35,7 +35,7 @@ def log1p(x: Tensor) -> Tensor:
     needs it for each pixel. Kahan's formula: Goldberg 1991, What every computer scientist should know about
     floating-point arithmetic, theorem 4, https://doi.org/10.1145/103162.103163.
     """
-    if x.dtype not in (torch.float32, torch.float64):
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
         return NotImplemented
     one_more = 1 + x
     exact = (one_more == 1) | (one_more == torch.inf)

@@ -28,11 +28,18 @@ def within_memory(what: str) -> Iterator[None]:
     """Inside, running out of memory is a MemoryError that says of what there was too much."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, OverflowError) as error:
         if not is_out_of_memory(error):
             raise
         raise MemoryError(f"{what} do not fit in memory.") from error
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether there is not so much, or would not be on any machine: sizes beyond 64 bits are told otherwise."""
+    words = (
+        "can't allocate memory",
+        "Storage size calculation overflowed",
+        "int too big to convert",
+        "without overflow",
+    )
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)

@@ -11,6 +11,8 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from ppl_vae.memory import within_memory
+
 Shape = int | Sequence[int]
 
 
@@ -34,6 +36,7 @@ def mlp(*shapes: Shape, activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Seq
 
     Raises:
         ValueError: with fewer than two shapes, or a size below one.
+        MemoryError: when the weights of a layer do not fit in memory.
 
     >>> mlp((1, 28, 28), 400, 20)(torch.zeros(7, 1, 28, 28)).shape
     torch.Size([7, 20])
@@ -45,7 +48,8 @@ def mlp(*shapes: Shape, activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Seq
     dims = [as_shape(shape) for shape in shapes]
     layers: list[nn.Module] = []
     for before, after in pairwise(prod(shape) for shape in dims):
-        layers += [nn.Linear(before, after), activation()]
+        with within_memory(f"The weights from {before} to {after} numbers"):
+            layers += [nn.Linear(before, after), activation()]
     layers.pop()
     if len(dims[0]) > 1:
         layers.insert(0, nn.Flatten(-len(dims[0])))

@@ -669,6 +669,7 @@ def test_sample_of_a_damaged_checkpoint_is_one_line(capsys, run):
     [
         (["--num-observations", "0"], "--num-observations must be at least 1; found 0"),
         (["--num-observations", "999999999999"], "999,999,999,999 new observations do not fit in memory"),
+        (["--num-observations", str(2**63)], "9,223,372,036,854,775,808 new observations do not fit in memory"),
         (["--seed", "-1"], "seed must be a whole number from 0 up; found -1"),
         (["--device", "cuda:99"], "device 'cuda:99' is not there"),
         (["--shape", "3"], "unrecognized arguments"),

@@ -42,8 +42,9 @@ def test_log1p_at_the_edges_is_torchs(dtype):
     assert torch.equal(ours[:2].signbit(), theirs[:2].signbit())
 
 
-def test_log1p_of_other_kinds_is_left_to_inductor():
-    assert lowering.log1p(torch.ones(3, dtype=torch.bfloat16)) is NotImplemented
+@pytest.mark.parametrize("kind", [{"dtype": torch.bfloat16}, {"device": "meta"}])
+def test_log1p_of_other_kinds_is_left_to_inductor(kind):
+    assert lowering.log1p(torch.ones(3, **kind)) is NotImplemented
 
 
 @pytest.mark.slow

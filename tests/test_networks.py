@@ -40,6 +40,12 @@ def test_labels_reach_the_network_as_one_hot():
     assert network(torch.full((2, 1, 1), 7.0), torch.tensor([2, 0])).tolist() == [[7, 0, 0, 1], [7, 1, 0, 0]]
 
 
+@pytest.mark.parametrize("size", [2**50, 2**62], ids=["more than memory", "more than 64 bits"])
+def test_layers_beyond_memory_are_refused(size):
+    with pytest.raises(MemoryError, match=f"The weights from 4 to {size} numbers do not fit in memory"):
+        mlp(4, size, 2)
+
+
 @pytest.mark.parametrize("shape", [0, (), (3, -1)])
 def test_shapes_hold_positive_sizes(shape):
     with pytest.raises(ValueError, match="positive sizes"):
