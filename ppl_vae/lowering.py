@@ -10,6 +10,8 @@ from ppl_vae import products
 
 aten = torch.ops.aten
 
+MOST_CHANNELS = 4  # of an output that oneDNN's transposed convolution is slow at
+
 
 def decompositions(with_products: bool) -> dict[Any, Callable[..., Any]]:
     """Inductor's own decompositions of operations, and ours.
@@ -21,6 +23,7 @@ def decompositions(with_products: bool) -> dict[Any, Callable[..., Any]]:
 
     ours: dict[Any, Callable[..., Any]] = {
         aten.log1p.default: log1p,
+        aten.convolution.default: _convolution,
         aten.convolution_backward.default: _convolution_backward,
     }
     if with_products:
@@ -50,6 +53,35 @@ def _addmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha:
     if bias.shape != right.shape[1:] or (beta, alpha) != (1, 1) or not products.gains(left, right):
         return NotImplemented
     return torch.ops.ppl_vae.product(left, right, bias)
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:
+    """A transposed convolution to few channels as one that makes all pixels which an input pixel lies at, side by side.
+
+    The last layer of a decoder of images is one, and oneDNN takes twice as long for it. Where stride s takes the output
+    apart into s * s images, each of them is a convolution of x with every s-th entry of the kernel: Shi et al. 2016,
+    https://arxiv.org/abs/1609.07009.
+    """
+    stride, padding, dilation, transposed, output_padding, groups = settings
+    few = transposed and x.dim() == 4 and weight.shape[1] <= MOST_CHANNELS and x.device.type == "cpu"
+    if not few or groups > 1 or max(dilation) > 1 or min(stride) == 1:
+        return NotImplemented
+    steps, sizes, channels = tuple(stride), weight.shape[2:], weight.shape[1]
+    taps = [-(-size // step) for size, step in zip(sizes, steps, strict=True)]
+    numbers = zip(x.shape[2:], steps, padding, sizes, output_padding, strict=True)
+    edges = [(n - 1) * s - 2 * p + k + o for n, s, p, k, o in numbers]
+    made = [(n + t - 1) * s for n, t, s in zip(x.shape[2:], taps, steps, strict=True)]
+    if any(p + edge > all_of for p, edge, all_of in zip(padding, edges, made, strict=True)):
+        return NotImplemented  # the output's padding is more than a kernel reaches
+    missing = [t * s - k for t, s, k in zip(taps, steps, sizes, strict=True)]
+    kernel = aten.constant_pad_nd(weight, [0, missing[1], 0, missing[0]])
+    kernel = kernel.reshape(len(weight), channels, taps[0], steps[0], taps[1], steps[1]).flip(2, 4)
+    kernel = kernel.permute(1, 3, 5, 0, 2, 4).reshape(-1, len(weight), *taps)
+    bias = None if bias is None else bias[:, None].expand(-1, steps[0] * steps[1]).reshape(-1)
+    images = aten.convolution(x, kernel, bias, [1, 1], [t - 1 for t in taps], [1, 1], False, [0, 0], 1)
+    images = images.reshape(len(x), channels, *steps, *images.shape[2:]).permute(0, 1, 4, 2, 5, 3)
+    whole = images.reshape(len(x), channels, *made)
+    return whole[:, :, padding[0] : padding[0] + edges[0], padding[1] : padding[1] + edges[1]].contiguous()
 
 
 def _convolution_backward(

@@ -1,11 +1,15 @@
 """What a compiled program computes by other operations than were traced."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
+from gradient_laws import assert_compiled_gradient_is_the_captured_one
 
-from ppl_vae import lowering, products
+from ppl_vae import VAE, likelihoods, lowering, posteriors, priors, products
 from ppl_vae.capture import capture
+from ppl_vae.networks import convolutional_decoder, convolutional_encoder
 
 EDGES = [0.0, -0.0, -1.0, -2.0, torch.inf, -torch.inf, torch.nan]
 
@@ -45,6 +49,50 @@ def test_log1p_at_the_edges_is_torchs(dtype):
 @pytest.mark.parametrize("kind", [{"dtype": torch.bfloat16}, {"device": "meta"}])
 def test_log1p_of_other_kinds_is_left_to_inductor(kind):
     assert lowering.log1p(torch.ones(3, **kind)) is NotImplemented
+
+
+def transposed_convolutions():
+    """Settings that torch accepts: size of the kernel, stride, padding, padding of the output, channels, height."""
+    for size, stride, padding, more, channels, height in product(
+        (1, 2, 3, 4, 5), (2, 3), (0, 1, 2), (0, 1), (1, 3), (1, 4)
+    ):
+        if padding <= size and (height - 1) * stride - 2 * padding + size + more > 0:
+            yield size, stride, padding, more, channels, height
+
+
+def test_transposed_convolutions_to_few_channels_are_torchs(float64):
+    taken_apart = 0
+    for size, stride, padding, more, channels, height in transposed_convolutions():
+        x, weight = torch.randn(2, 6, height, 5), torch.randn(6, channels, size, size + 1)
+        settings = ([stride, stride + 1], [padding, min(padding, 1)], [1, 1], True, [more, 0], 1)
+        for bias in (torch.randn(channels), None):
+            ours = lowering._convolution(x, weight, bias, *settings)
+            if ours is not NotImplemented:
+                torch.testing.assert_close(ours, torch.ops.aten.convolution(x, weight, bias, *settings))
+                taken_apart += 1
+    assert taken_apart > 200
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"transposed": False}, {"channels": 8}, {"stride": [1, 2]}, {"dilation": [1, 2]}, {"groups": 2}],
+    ids=lambda change: next(iter(change)),
+)
+def test_other_convolutions_are_left_to_inductor(change):
+    asked = {"stride": [2, 2], "padding": [0, 0], "dilation": [1, 1], "transposed": True} | change
+    channels, groups = asked.pop("channels", 1), asked.pop("groups", 1)
+    settings = (asked["stride"], asked["padding"], asked["dilation"], asked["transposed"], [0, 0], groups)
+    x, weight = torch.randn(2, 4, 5, 5), torch.randn(4, channels, 3, 3)
+    assert lowering._convolution(x, weight, None, *settings) is NotImplemented
+
+
+@pytest.mark.slow
+def test_the_compiled_gradient_of_a_convolutional_story_is_the_captured_one():
+    image = (3, 14, 13)
+    encoder = posteriors.DiagonalNormal(convolutional_encoder(image, 8, 16, output=4))
+    decoder = likelihoods.Bernoulli(convolutional_decoder(2, 16, 8, image=image))
+    story = VAE(priors.StandardNormal(2), decoder, encoder)
+    assert_compiled_gradient_is_the_captured_one(story, torch.rand(16, *image).round())
 
 
 @pytest.mark.slow

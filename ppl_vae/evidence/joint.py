@@ -27,6 +27,7 @@ from ppl_vae.traces import Columns, Layout, Site, Story, sample_sites
 PRIOR_DRAWS = 1000
 ONE_SIGMA = torch.tensor([0.1587, 0.5, 0.8413])
 ROWS_AT_ONCE = 8192
+ROWS_IN_CACHE = 2048  # of so many, what a model computes in between stays in a processor's cache
 
 
 # Rows in chunks
@@ -266,11 +267,18 @@ class Joint:
         """``function(rows, *tensors)`` of columns repeated for every particle; captured once it was called often."""
 
         def repeated(*flat: Tensor) -> tuple[Tensor, ...]:
-            return function(traces.as_rows(flat[: len(columns)], num_particles), *flat[len(columns) :])
+            some = flat[len(columns) :]
+            particles = len(some[0]) // size if some else num_particles
+            return function(traces.as_rows(flat[: len(columns)], particles), *some)
 
-        if num_particles * len(columns[0]) <= self.chunks.rows:
+        size = len(columns[0])
+        in_cache = ROWS_IN_CACHE if columns[0].device.type == "cpu" else ROWS_AT_ONCE
+        together = size * min(num_particles, max(1, in_cache // size))
+        if together <= self.chunks.rows:
             try:
-                return self.replays.call(name, repeated, *columns, *tensors)
+                parts = list(zip(*(tensor.split(together) for tensor in tensors), strict=True)) or [()]
+                found = [self.replays.call(name, repeated, *columns, *part) for part in parts]
+                return tuple(torch.cat(values) for values in zip(*found, strict=True))
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise

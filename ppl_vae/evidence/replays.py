@@ -16,7 +16,7 @@ log = logging.getLogger("ppl_vae")
 
 # Tracing takes a tenth of a second or more and saves a few milliseconds per call: calls that were many will be more.
 CALLS_BEFORE_CAPTURE = 20
-ROWS_TO_COMPILE = 4096  # a whole unit of noise
+ROWS_TO_COMPILE = 2048  # half a unit of noise: as many as the density of a model is asked for at once
 
 Function = Callable[..., tuple[Tensor, ...]]
 
