@@ -311,14 +311,18 @@ def plot_scaling(points: list[dict[str, float]], path: Path) -> None:
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     panels = figure.subplots(1, 2)
-    for panel, quantity, unit in zip(panels, ("seconds", "extra_mebibytes"), ("seconds", "extra MiB"), strict=True):
+    quantities = {
+        "seconds": lambda point: point["seconds"],
+        "MiB, with the code for tracing": lambda point: point["loaded_mebibytes"] + point["extra_mebibytes"],
+    }
+    for panel, (unit, quantity) in zip(panels, quantities.items(), strict=True):
         for series, label, marker in (
             (points[: len(SIZES[0])], f"{SIZES[0][0]} to {SIZES[0][-1]} images, K = {SIZES[1]}", "o-"),
             (points[len(SIZES[0]) :], f"{DRAWS[0]} images, K = {DRAWS[1][0]} to {DRAWS[1][-1]}", "s--"),
         ):
-            panel.plot([_draws(p) / 1e6 for p in series], [p[quantity] for p in series], marker, label=label)
+            panel.plot([_draws(p) / 1e6 for p in series], [quantity(p) for p in series], marker, label=label)
         panel.set(xlabel=f"millions of draws, N (K + {PILOT_PARTICLES})", ylabel=unit, xlim=(0, None))
-        panel.set_ylim(0, 1.3 * max(point[quantity] for point in points))
+        panel.set_ylim(0, 1.3 * max(quantity(point) for point in points))
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].legend(frameon=False)
     figure.savefig(path, dpi=150)
