@@ -223,7 +223,13 @@ def weights_of_story(
 
 
 def fill(path: str | os.PathLike[str], story: Any, weights: dict[str, Tensor], assign: bool = False) -> None:
-    """Puts weights into a story that has the same; ValueError where it has others."""
+    """Puts weights into a story that has the same; ValueError where it has others.
+
+    Args:
+        assign: the weights take the place of the story's, with their dtype, which is one for all real numbers.
+    """
+    if assign:
+        _refuse_mixed_dtypes(path, story.state_dict(), weights)
     expected = {name: tuple(tensor.shape) for name, tensor in story.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     for name in sorted(expected.keys() | found.keys()):
@@ -236,3 +242,17 @@ def fill(path: str | os.PathLike[str], story: Any, weights: dict[str, Tensor], a
         story.load_state_dict(weights, assign=assign)
     except RuntimeError as error:
         raise ValueError(f"{str(path)!r} does not fit its story: {' '.join(str(error).split())}") from error
+
+
+def _refuse_mixed_dtypes(path: str | os.PathLike[str], own: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
+    reals = {str(tensor.dtype) for tensor in weights.values() if tensor.is_floating_point()}
+    if len(reals) > 1:
+        raise ValueError(f"{str(path)!r} belongs to no story: its weights are {' and '.join(sorted(reals))}.")
+    for name in sorted(own.keys() & weights.keys()):
+        ours, theirs = own[name], weights[name]
+        both_real = ours.is_floating_point() and theirs.is_floating_point()
+        if not both_real and ours.dtype != theirs.dtype:
+            raise ValueError(
+                f"{str(path)!r} belongs to another story: {name!r} is {theirs.dtype} in the file and {ours.dtype} in "
+                "the story."
+            )

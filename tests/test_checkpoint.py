@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import os
 import pickle
 import resource
@@ -448,4 +449,15 @@ def test_whole_numbers_in_the_place_of_weights_are_refused(path):
     wanted = StoryConfiguration(event_shape=(5,), likelihood=Bernoulli(), network=Mlp((3,)))
     weights = {name: tensor.long() for name, tensor in configuration.build(wanted).state_dict().items()}
     write(path, {"configuration": configuration.to_json(wanted)}, weights)
-    assert "does not fit its story" in refusal(path)
+    assert re.search("belongs to another story: .* is torch.int64 in the file and torch.float32", refusal(path))
+
+
+def test_weights_of_several_precisions_are_refused(path):
+    wanted = StoryConfiguration(event_shape=(5,), likelihood=Bernoulli(), network=Mlp((3,)))
+    weights = configuration.build(wanted).state_dict()
+    write(
+        path,
+        {"configuration": configuration.to_json(wanted)},
+        weights | {"decoder.logits.0.bias": torch.zeros(3).double()},
+    )
+    assert "belongs to no story: its weights are torch.float32 and torch.float64" in refusal(path)

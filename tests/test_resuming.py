@@ -252,6 +252,31 @@ def test_f5_a_checkpoint_that_somebody_wrote_is_refused(spoil, tmp_path):
     assert "malformed" in refusal(resume=tmp_path)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda remembered: remembered | {"exp_avg": torch.zeros(())},
+        lambda remembered: remembered | {"exp_avg": torch.zeros(1, 1)},
+        lambda remembered: remembered | {"exp_avg_sq": torch.zeros(3)},
+        lambda remembered: remembered | {"step": torch.zeros(2)},
+        lambda remembered: remembered | {"max_exp_avg_sq": remembered["exp_avg"].clone()},
+        lambda remembered: {name: tensor for name, tensor in remembered.items() if name != "exp_avg_sq"},
+    ],
+    ids=["a number", "one number", "another shape", "two steps", "something more", "something less"],
+)
+def test_f5_what_an_optimizer_remembers_has_its_shapes(change, tmp_path):
+    """A fused optimizer writes to it without a look at its size: to memory that is not its own."""
+    trained(make(), checkpoints=tmp_path)
+    (file,) = files_in(tmp_path)
+    about, tensors = checkpoint.read(file)
+    remembered = {
+        name.removeprefix("optimizer/0/"): tensors.pop(name) for name in list(tensors) if "optimizer/0/" in name
+    }
+    tensors |= {f"optimizer/0/{name}": tensor for name, tensor in change(remembered).items()}
+    checkpoint.write(file, tensors, {"ties": about["ties"], "training": about["training"]})
+    assert "malformed: the optimizer remembers" in refusal(resume=tmp_path)
+
+
 @pytest.mark.parametrize("engine", ["svi", "captured"])
 def test_f5_weights_that_are_no_numbers_are_named(engine, tmp_path):
     trained(make(), checkpoints=tmp_path, engine=engine)

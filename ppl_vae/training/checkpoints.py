@@ -3,6 +3,7 @@
 Noise and order are functions of the seed and the number of a batch, so no generator is kept.
 """
 
+import copy
 import re
 import signal
 import threading
@@ -21,6 +22,7 @@ from torch import Tensor
 from ppl_vae import checkpoint
 from ppl_vae.training.best import Best
 from ppl_vae.training.history import History, Row, rows_of
+from ppl_vae.training.optimizers import held_by
 from ppl_vae.training.steps import Tally, Task
 
 OPTIMIZER, BEST = "optimizer/", "best/"
@@ -291,16 +293,31 @@ def _put_back_optimizer(optimizer: torch.optim.Optimizer, kept: dict[str, Any], 
         if name.startswith(OPTIMIZER):
             index, _, remembered = name.removeprefix(OPTIMIZER).partition("/")
             state.setdefault(int(index), {})[remembered] = tensor
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    shapes = _remembered_shapes(optimizer)
     for index, remembered in state.items():
-        if not 0 <= index < len(held):
+        if not 0 <= index < len(shapes):
             raise ValueError(f"the optimizer has no parameter {index}")
-        for name, value in remembered.items():
-            if isinstance(value, Tensor) and value.dim() and value.shape != held[index].shape:
-                raise ValueError(f"the optimizer's {name!r} has the shape {tuple(value.shape)}")
+        found = _shapes(remembered)
+        if found != shapes[index]:
+            raise ValueError(f"the optimizer remembers {found} of parameter {index}, and not {shapes[index]}")
     optimizer.load_state_dict(cast(Any, {"state": state, "param_groups": groups}))
 
 
 def _like(own: Any, value: Any) -> Any:
-    """A number of an optimizer, which JSON has made a list where it was a tuple."""
+    """A number of an optimizer, which JSON has made a list where it was a tuple; how it works is not told by a file."""
+    if own is None or isinstance(own, bool):
+        return own
     return tuple(value) if isinstance(own, tuple) else value
+
+
+def _remembered_shapes(optimizer: torch.optim.Optimizer) -> list[dict[str, tuple[int, ...]]]:
+    """What an optimizer remembers of each parameter after a step; fused ones write to it without a look at its size."""
+    twin = copy.deepcopy(optimizer)
+    for parameter in held_by(twin):
+        parameter.grad = torch.zeros_like(parameter)
+    twin.step()
+    return [_shapes(twin.state[parameter]) for parameter in held_by(twin)]
+
+
+def _shapes(remembered: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in remembered.items() if isinstance(value, Tensor)}
