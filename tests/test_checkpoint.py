@@ -2,9 +2,9 @@
 
 import copy
 import json
-import re
 import os
 import pickle
+import re
 import resource
 import subprocess
 import sys
