@@ -44,6 +44,7 @@ def words(text: str) -> tuple[str, ...]:
 
 
 LARGEST = 2**63 - 1
+LARGEST_WEIGHT = 1e12  # that objectives allow; here too, so that the command line knows it before torch is imported
 
 POSITIVE = ("learned", "per-dimension", "network")
 
@@ -823,6 +824,8 @@ class TrainingConfiguration:
         _one_of("engine", self.engine, ENGINES)
         _at_least(self, epochs=1, batch_size=1, kl_warmup=0, patience=0, num_particles=1, shards=1, seed=0)
         _positive(self, "learning_rate", "beta", *(() if self.free_bits is None else ("free_bits",)))
+        if (largest := max(self.beta, self.free_bits or 0.0)) > LARGEST_WEIGHT:
+            raise ValueError(f"beta and free_bits must be at most {LARGEST_WEIGHT:g}; found {largest}.")
         _check_part("objective", self.objective)
         if self.free_bits is not None and not isinstance(self.objective, Elbo):
             raise ValueError("free_bits is an objective of its own; leave it out, or the other objective.")

@@ -319,6 +319,8 @@ def test_an_empty_folder_may_hold_the_run(capsys, files, out):
         (["--story", "nowhere.py:Mine"], ["There is no file", "nowhere.py"]),
         (["--standardize", "bmi"], ["there is no column 'bmi' to standardize"]),
         (["--beta", "0"], ["beta must be positive"]),
+        (["--beta", "1e13"], ["beta and free_bits must be at most 1e+12"]),
+        (["--free-bits", "1e13"], ["beta and free_bits must be at most 1e+12"]),
         (["--free-bits", "1", "--objective", "renyi"], ["free_bits is an objective of its own"]),
         (["--likelihood.scale", "0.1"], ["--likelihood.scale does not belong to --likelihood bernoulli"]),
         (["--network.channels", "4"], ["--network.channels does not belong to --network mlp"]),

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyro.infer import ELBO
 
-from ppl_vae import check, configuration, data, load, log_evidence, save
+from ppl_vae import check, configuration, data, load, log_evidence, objectives, save
 from ppl_vae.configuration import (
     CHOICES,
     LARGEST,
@@ -461,3 +461,7 @@ def test_a_story_beyond_all_memory_is_refused_in_one_line(wanted):
 )
 def test_every_field_is_an_option_with_a_help_text(kind):
     assert all(item.metadata["help"] for item in fields(kind) if item.name not in CHOICES)
+
+
+def test_the_largest_weight_is_that_of_objectives():
+    assert configuration.LARGEST_WEIGHT == objectives.LARGEST_NUMBER

@@ -15,8 +15,10 @@ from example_stories import (
     HierarchicalNormal,
     TwoLatents,
     closed_form_log_evidence,
+    images,
     linear_gaussian,
     rows,
+    small_vae,
 )
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
@@ -71,6 +73,17 @@ def test_latents_of_their_own_coordinates_are_themselves(float64, make, columns)
     again, _ = space.latents(space.coordinates(drawn))
     assert set(again) <= set(drawn)
     assert all(torch.allclose(again[name], drawn[name]) for name in again)
+
+
+def test_a_latent_that_the_guide_leaves_out_is_named():
+    story, x = small_vae(), images(3)
+    joint = joint_of(story, (x,))
+    story.guide = lambda x: None
+    with (
+        pytest.raises(ValueError, match=r"The guide does not draw \['z'\], which the model does"),
+        traces.scoring(story),
+    ):
+        joint.guide_points((x,), 2)
 
 
 def test_coordinates_are_measured_in_standard_deviations_of_the_prior(float64):

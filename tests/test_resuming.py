@@ -223,6 +223,7 @@ def test_other_threads_and_versions_are_said(tmp_path):
     [
         lambda kept: kept.pop("tally"),
         lambda kept: kept["tally"].update(epoch="x"),
+        lambda kept: kept["tally"].update(observations=10**400),
         lambda kept: kept.update(history=3),
         lambda kept: kept["history"][0].pop("epoch"),
         lambda kept: kept["optimizer"].update(groups=[]),
@@ -234,6 +235,7 @@ def test_other_threads_and_versions_are_said(tmp_path):
     ids=[
         "no tally",
         "a word",
+        "a huge number",
         "no rows",
         "a row of no epoch",
         "no groups",

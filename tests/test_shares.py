@@ -108,7 +108,7 @@ def test_an_interrupted_estimation_goes_on_to_the_same_numbers(method, tmp_path,
     whole = log_evidence(story, x, method=method, num_particles=300, progress=False).dataset
     with pytest.raises(KeyboardInterrupt):
         log_evidence(
-            Interrupted(story, 200 if method == "mixture" else 25),
+            Interrupted(story, 200 if method == "mixture" else 40),
             x,
             method=method,
             num_particles=300,

@@ -97,7 +97,9 @@ class LatentSpace:
         return values, log_volume
 
     def coordinates(self, latents: dict[str, Tensor]) -> Tensor:
-        """The points of latents whose first dimension are rows, shape (R, K)."""
+        """The points of latents whose first dimension are rows, shape (R, K); ValueError where one was not drawn."""
+        if missing := self.event_shapes.keys() - latents.keys():
+            raise ValueError(f"The guide does not draw {sorted(missing)}, which the model does.")
         parts = [self.transforms[name].inv(latents[name]) for name in self.event_shapes]
         return (torch.cat([part.reshape(len(part), -1) for part in parts], dim=1) - self.loc) / self.scale
 

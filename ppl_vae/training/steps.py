@@ -257,10 +257,13 @@ class Tally:
 
     @classmethod
     def from_table(cls, task: Task, table: Mapping[str, float | int]) -> Self:
-        """The tally that was written down."""
+        """The tally that was written down; OverflowError when a number is beyond 64 bits."""
         tally = cls(task, int(table["epoch"]))
         for name, kind in TALLIED.items():
-            setattr(tally, name, kind(table[name]))
+            value = kind(table[name])
+            if kind is int and value.bit_length() > 63:
+                raise OverflowError(f"{name} has more than 64 bits")
+            setattr(tally, name, value)
         return tally
 
     def add(self, loss: float, was_taken: bool, num_observations: int) -> None:
