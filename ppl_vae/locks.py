@@ -34,6 +34,12 @@ def claimed(folder: Path) -> Iterator[None]:
             file.close()
 
 
+def refuse_held(folder: Path) -> None:
+    """Raises what :func:`claimed` does when another process has the folder; changes nothing."""
+    if (folder / NAME).is_file() and not (folder / NAME).is_symlink():
+        _locked(folder).close()
+
+
 def _sign(file: IO[str], path: Path) -> None:
     """Writes whose lock it is."""
     since = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"

@@ -34,7 +34,7 @@ from ppl_vae.diagnostics.latent import center
 from ppl_vae.evidence import Evidence, comparison, log_evidence
 from ppl_vae.evidence.comparison import Comparison
 from ppl_vae.evidence.estimators import fingerprint
-from ppl_vae.locks import claimed
+from ppl_vae.locks import claimed, refuse_held
 from ppl_vae.ranks import apart, here
 from ppl_vae.report import Account, page
 from ppl_vae.stored import Stored, row_slices
@@ -634,8 +634,10 @@ def sample(
 
 
 def refuse_used(folder: Path) -> None:
-    """Raises FileExistsError when a folder already holds something."""
+    """Raises FileExistsError when a folder holds something, BlockingIOError when a process has just begun there."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not (folder / CONFIGURATION).exists():
+            refuse_held(folder)
         what = "already holds a run" if (folder / CONFIGURATION).exists() else "is not an empty folder"
         raise FileExistsError(f"{str(folder)!r} {what}. Choose another --out, or leave it out for a fresh folder.")
 

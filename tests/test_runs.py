@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from ppl_vae.configuration import (
     StoryConfiguration,
 )
 from ppl_vae.configuration import TrainingConfiguration as Training
+from ppl_vae.locks import claimed
 
 DIGITS = ("--data", "digits", "--epochs", "2", "--network.hidden-dims", "16", "--num-particles", "20")
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -444,3 +446,12 @@ def test_a_device_that_is_not_there_is_refused(name):
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
 def test_numbers_that_json_does_not_have_are_null(number):
     assert runs.as_json({"a": number, "b": 1.5, "c": "NaN"}) == '{"a": null, "b": 1.5, "c": "NaN"}'
+
+
+def test_a_run_that_has_just_begun_names_its_process(tmp_path):
+    with claimed(tmp_path), pytest.raises(BlockingIOError, match=f"in use by process {os.getpid()}"):
+        runs.refuse_used(tmp_path)
+    (tmp_path / "lock").write_text("somebody's own")
+    with pytest.raises(FileExistsError, match="is not an empty folder"):
+        runs.refuse_used(tmp_path)
+    assert (tmp_path / "lock").read_text() == "somebody's own"
