@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 
 import torch
 
@@ -12,8 +13,9 @@ MOST_BYTES_PER_PACKED_BYTE = 1100
 LARGEST_KEPT = 2**25 - 2**16  # bytes; glibc looks at blocks below 32 MB only
 
 
+@cache
 def keep_what_is_freed() -> None:
-    """Has the C library keep up to 64 MB that is freed for what is allocated next, instead of giving it back.
+    """Has the C library keep up to 64 MB that is freed for what is allocated next; once in a process is enough.
 
     glibc raises these limits by itself, up to there, when a block so large is freed. Until then a program that needs
     the same megabytes for every step gets them from the system page by page, every time: a compiled convolutional step

@@ -558,6 +558,6 @@ def test_a_file_sixteen_times_the_memory_is_loaded_checked_and_read(tmp_path):
 
 @pytest.mark.slow
 def test_a_file_four_times_the_memory_is_trained_on_and_scored(tmp_path):
-    num_rows, _, refused = run_within(tmp_path, 256, 64, task="learn", width=2048)
-    assert num_rows == 256 * 128
+    num_rows, _, refused = run_within(tmp_path, 384, 96, task="learn", width=2048)
+    assert num_rows == 384 * 128
     assert "does not fit in memory" in refused
