@@ -204,7 +204,7 @@ def spline_coupling(latent_dim: int, hidden_dims: Sequence[int], bins: int, boun
     """A spline for each coordinate: for the second half those that a network of the first half chooses."""
     given, moved = latent_dim // 2, latent_dim - latent_dim // 2
     _check_spline(bins, bound)
-    network = Parts(given, hidden_dims, [moved * size for size in _spline_sizes(bins)])
+    network = Parts(given, hidden_dims, [moved * int(size) for size in _spline_sizes(bins)])
     _start_near_identity(network.network, bins)
     made = _SplineCoupling(latent_dim, given, network, bins, bound)
     _start_as_identity(made.lower_spline)
