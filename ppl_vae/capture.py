@@ -6,7 +6,7 @@ runs only while tracing, so its numbers and branches are frozen; whatever change
 
 import operator
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -45,6 +45,22 @@ class Program:
         """Replays the operations on other tensors of the same shapes, dtypes and device; records no gradients."""
         with torch.no_grad():
             return self.graph.forward(*tensors)
+
+    def split(self, num_first: int) -> tuple["Program", "Program"] | None:
+        """What can be computed from the first tensors alone, and the rest, which takes its results before all tensors.
+
+        What is larger than these tensors stays with the rest, as it would take memory. None where nothing is left.
+        """
+        *nodes, output = self.graph.graph.nodes
+        handed_in = [node for node in nodes if node.op == "placeholder"]
+        constant, early = _computable(nodes, handed_in[:num_first])
+        passed = tuple(node for node in early if any(user not in early for user in node.users))
+        if not passed:
+            return None
+        late = [node for node in nodes if node not in early and node not in handed_in]
+        first = _subgraph(self.graph, handed_in[:num_first], [*constant, *early], passed)
+        rest = _subgraph(self.graph, [*passed, *handed_in], late, output.args[0])
+        return Program(first, self.constants), Program(rest, self.constants)
 
     def compiled(self, *tensors: Tensor, many_small: bool = False, frozen: bool = False) -> Callable[..., Any]:
         """The same operations, fused and compiled by inductor; random numbers are torch's own, the same as before.
@@ -98,6 +114,7 @@ def capture(function: Callable[..., Any], *tensors: Tensor) -> Program:
     )
     traced.graph.set_codegen(CodeGen())
     _simplify(traced.graph)
+    _mark_movable(traced.graph)
     _call_directly(traced.graph)
     traced.recompile()
     return Program(traced, constants)
@@ -155,9 +172,7 @@ def _simplify(graph: fx.Graph) -> None:
     Random numbers are drawn as before, also those that nobody uses.
     """
     computed: dict[Any, fx.Node] = {}
-    written = {
-        place for node in graph.nodes if _writes(node.target) for given in _written(node) for place in _memory(given)
-    }
+    written = _written_memory(graph)
     for node in graph.nodes:
         if node.op != "call_function":
             continue
@@ -225,6 +240,10 @@ def _written(node: fx.Node) -> Iterator[Any]:
             yield node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
 
 
+def _written_memory(graph: fx.Graph) -> set[int]:
+    return {place for node in graph.nodes if _writes(node.target) for given in _written(node) for place in _memory(given)}
+
+
 def _memory(nodes: Any) -> set[int]:
     """Where the values of nodes are stored."""
     values = [node.meta.get("val") for node in tree_leaves(nodes) if isinstance(node, fx.Node)]
@@ -234,6 +253,60 @@ def _memory(nodes: Any) -> set[int]:
 def _fresh_memory(node: fx.Node) -> set[int]:
     """Memory that an operation makes, where it is no view: written to later, it must not be another's as well."""
     return _memory(node) - _memory(node.all_input_nodes)
+
+
+# Two stages
+
+
+def _mark_movable(graph: fx.Graph) -> None:
+    """Notes of operations that they may as well be called earlier: they only compute, in memory that nobody writes."""
+    written = _written_memory(graph)
+    for node in graph.nodes:
+        movable = node.op == "call_function" and _is_pure(node.target) and not _memory(node) & written
+        node.meta["movable"] = movable
+
+
+def _computable(
+    nodes: Sequence[fx.Node], known: Sequence[fx.Node]
+) -> tuple[dict[fx.Node, None], dict[fx.Node, None]]:
+    """What needs nothing but constants, and what needs nothing but these and what is known; in order."""
+    most = max(node.meta["val"].numel() for node in known)
+    constant: dict[fx.Node, None] = {}
+    early: dict[fx.Node, None] = {}
+    for node in nodes:
+        needs = [need for need in node.all_input_nodes if need not in constant]
+        if node.op == "get_attr":
+            constant[node] = None
+        elif not node.meta.get("movable") or not all(need in early or need in known for need in needs):
+            continue
+        elif needs and _largest(node) <= most:
+            early[node] = None
+        elif node.all_input_nodes and not needs:
+            constant[node] = None
+    return constant, early
+
+
+def _largest(node: fx.Node) -> int:
+    """The numbers in the largest of an operation's values."""
+    return max((value.numel() for value in tree_leaves(node.meta["val"]) if isinstance(value, Tensor)), default=0)
+
+
+def _subgraph(
+    whole: fx.GraphModule, inputs: Sequence[fx.Node], operations: Iterable[fx.Node], outputs: Any
+) -> fx.GraphModule:
+    """Some operations, in their order, between values that are handed in and others that are returned."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in inputs:
+        copies[node] = graph.placeholder(node.name)
+        copies[node].meta = dict(node.meta)
+    for node in operations:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(fx.map_arg(outputs, copies.__getitem__))
+    for node in reversed(graph.nodes):
+        if not node.users and (node.op == "get_attr" or node.meta.get("movable")):
+            graph.erase_node(node)
+    return fx.GraphModule(whole, graph)
 
 
 # fmt: off

@@ -291,7 +291,6 @@ class _Narrator:
     joint: Joint
     sites: _Sites
     plan: _Plan
-    names: dict[Any, tuple[Name, ...]] = field(default_factory=dict)
 
     def table(self, block: Block) -> Table:
         """What :meth:`tell` says of a block; in arrays whose first dimension is the observation."""
@@ -337,14 +336,12 @@ class _Narrator:
         size, num_columns = draws.stop - draws.start, len(block.columns)
         key = (program.__name__, size, predictive)
 
-        def of_tensors(*tensors: Tensor) -> tuple[Tensor, ...]:
+        def of_tensors(*tensors: Tensor) -> Draws:
             rows = traces.as_rows(tensors[:num_columns], size)
-            told = program(rows, dict(zip(latents, tensors[num_columns:], strict=True)), predictive)
-            self.names[key] = tuple(told)
-            return tuple(told.values())
+            return program(rows, dict(zip(latents, tensors[num_columns:], strict=True)), predictive)
 
-        values = self.joint.replays.call(key, of_tensors, *block.columns, *latents.values())
-        return {name: value.unflatten(0, (size, -1)) for name, value in zip(self.names[key], values, strict=True)}
+        told = self.joint.replays.call(key, of_tensors, *block.columns, *latents.values())
+        return {name: value.unflatten(0, (size, -1)) for name, value in told.items()}
 
     def _posterior(self, rows: Columns, latents: Latents, predictive: bool) -> Draws:
         """The score of given latents, the latents that were summed out, and new observations."""
@@ -412,13 +409,8 @@ class _Guide:
     def log_weights(self, num_particles: int) -> Tensor:
         """Log weights of new draws, shape (S, N)."""
         joint, columns = self.block.joint, self.block.columns
-
-        def program(*columns: Tensor) -> tuple[Tensor, ...]:
-            latents, log_q = joint.guide_latents(columns, num_particles)
-            return log_q, *(latents[name] for name in self.names)
-
-        log_q, *values = joint.replays.call(("guide", num_particles), program, *columns)
-        latents = dict(zip(self.names, values, strict=True))
+        latents, log_q = joint.guide_latents(columns, num_particles)
+        latents = {name: latents[name] for name in self.names}
         log_weights = joint.log_prob_of_latents(columns, latents, num_particles).reshape(log_q.shape) - log_q
         self.kept.append(({name: value.unflatten(0, log_q.shape) for name, value in latents.items()}, log_weights))
         return log_weights

@@ -279,7 +279,7 @@ class Joint:
         if together <= self.chunks.rows:
             try:
                 parts = list(zip(*(tensor.split(together) for tensor in tensors), strict=True)) or [()]
-                found = [self.replays.call(name, repeated, *columns, *part) for part in parts]
+                found = [self.replays.call(name, repeated, *columns, *part, num_kept=len(columns)) for part in parts]
                 return tuple(torch.cat(values) for values in zip(*found, strict=True))
             except RuntimeError as error:
                 if not is_out_of_memory(error):
@@ -326,13 +326,19 @@ class Joint:
 
     def guide_latents(self, columns: Columns, num_particles: int) -> tuple[dict[str, Tensor], Tensor]:
         """Draws of the guide, by site name and of shape (S * N, *event), and their log density, shape (S, N)."""
-        with within_memory(f"{num_particles} draws of the guide for each of {len(columns[0])} observations"):
+
+        def drawn(*columns: Tensor) -> tuple[dict[str, Tensor], Tensor]:
             trace = traces.run_particles(self.story.guide, columns, num_particles, self.layout)
-            log_q = traces.log_prob(trace, sample_sites(trace))
-        latents = traces.draws(trace)
-        if self.layout == "plate":
-            latents = {name: value.flatten(0, 1) for name, value in latents.items()}
-        return latents, log_q.reshape(-1).expand(num_particles * len(columns[0])).reshape(num_particles, -1)
+            log_q = traces.log_prob(trace, sample_sites(trace)).reshape(-1)
+            latents = traces.draws(trace)
+            if self.layout == "plate":
+                latents = {name: value.flatten(0, 1) for name, value in latents.items()}
+            return latents, log_q.expand(num_particles * len(columns[0])).reshape(num_particles, -1)
+
+        with within_memory(f"{num_particles} draws of the guide for each of {len(columns[0])} observations"):
+            name = ("draws of the guide", self.layout, num_particles)
+            rows = num_particles * len(columns[0])
+            return self.replays.call(name, drawn, *columns, num_kept=len(columns), rows=rows)
 
     def guide_points(self, columns: Columns, num_particles: int) -> Tensor:
         """Draws of the guide, the continuous ones, shape (S, N, K)."""

@@ -60,11 +60,17 @@ class Block:
         columns = tuple(column[rows.to(column.device)] for column in self.columns)
         return replace(self, columns=columns, taken=rows if self.taken is None else self.taken[rows])
 
+    def reseed(self, purpose: noise.Purpose, *indices: int) -> None:
+        """Starts one of this block's units of noise; call it inside :func:`noise.forked`."""
+        noise.reseed(self.columns[0].device, self.seed, purpose, *self._indices(indices))
+
     def noise(self, purpose: noise.Purpose, *indices: int) -> AbstractContextManager[None]:
         """One of this block's units of noise; parts of a block have their own, or their errors would be correlated."""
+        return noise.unit(self.columns[0].device, self.seed, purpose, *self._indices(indices))
+
+    def _indices(self, indices: tuple[int, ...]) -> tuple[int, ...]:
         part = () if self.taken is None else (0, int(self.taken[0]))
-        block = self.first // OBSERVATIONS_PER_UNIT
-        return noise.unit(self.columns[0].device, self.seed, purpose, block, *indices, *part)
+        return self.first // OBSERVATIONS_PER_UNIT, *indices, *part
 
 
 def blocks(

@@ -3,10 +3,12 @@
 import logging
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ppl_vae import noise
 from ppl_vae.capture import CaptureError, Program, capture
@@ -35,33 +37,54 @@ class Replays:
         self.patience = patience
         self.calls: Counter[Any] = Counter()
         self.programs: dict[Any, Function] = {}
+        self.forms: dict[Any, TreeSpec] = {}  # of what functions return
         keep_what_is_freed()
 
-    def call(self, name: Any, function: Function, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """``function(*tensors)``. Functions of the same name are the same.
+    def call(
+        self, name: Any, function: Callable[..., Any], *tensors: Tensor, num_kept: int = 0, rows: int | None = None
+    ) -> Any:
+        """``function(*tensors)``: tensors, in tuples and dictionaries. Functions of the same name are the same.
 
         One that draws random numbers draws them from torch's generators, and its replay draws the same numbers. What
         is to be compiled is so from its first call on, and values do not depend on how many calls were before.
+
+        Args:
+            num_kept: so many of the first tensors are the same objects in many calls, and are not written to. What a
+                captured function computes of them alone is computed when others come.
+            rows: how many rows are computed, if that is not the length of any tensor.
         """
         key = (name, *((tensor.shape, tensor.dtype) for tensor in tensors))
+
+        def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
+            values, self.forms[key] = tree_flatten(function(*tensors))
+            return tuple(values)
+
         if key in self.programs:
-            return self.programs[key](*tensors)
-        patience = 1 if self._may_compile(tensors) else self.patience
+            values = self.programs[key](*tensors)
+        else:
+            compiles = self.compiled and (rows or max(len(tensor) for tensor in tensors)) >= ROWS_TO_COMPILE
+            values = self._call(key, flat, tensors, num_kept, compiles)
+        return tree_unflatten(values, self.forms[key])
+
+    def _call(
+        self, key: Any, function: Function, tensors: tuple[Tensor, ...], num_kept: int, compiles: bool
+    ) -> tuple[Tensor, ...]:
+        """Calls a function that was not captured yet, and captures it when it is due."""
+        patience = 1 if compiles else self.patience
         due = self.calls[key] + 1 == (CALLS_BEFORE_CAPTURE if patience is None else patience)
         start = _generators(tensors[0].device) if due else ()
         values = function(*tensors)
         self.calls[key] += 1
         if due:
-            self.programs[key], values = self._replayable(name, function, tensors, values, start)
+            build = partial(_fastest, key[0], tensors=tensors, num_kept=num_kept, compiles=compiles)
+            self.programs[key], values = self._replayable(key[0], function, build, tensors, values, start)
         return values
-
-    def _may_compile(self, tensors: tuple[Tensor, ...]) -> bool:
-        return self.compiled and max(len(tensor) for tensor in tensors) >= ROWS_TO_COMPILE
 
     def _replayable(
         self,
         name: Any,
         function: Function,
+        build: Callable[[Program], Function],
         tensors: tuple[Tensor, ...],
         values: tuple[Tensor, ...],
         start: tuple[Tensor, ...],
@@ -73,7 +96,7 @@ class Replays:
         device = tensors[0].device
         end = _generators(device)
         try:
-            program = self._fastest(name, capture(function, *tensors), tensors)
+            program = build(capture(function, *tensors))
             with noise.forked(device):
                 _set_generators(device, start)
                 replayed = program(*tensors)
@@ -86,15 +109,38 @@ class Replays:
         log.info("%s is evaluated as it is, because its replay gave other values.", name)
         return function, values
 
-    def _fastest(self, name: Any, program: Program, tensors: tuple[Tensor, ...]) -> Function:
-        """The program, compiled where that is wanted and possible."""
-        if not self._may_compile(tensors):
-            return program
-        try:
-            return program.compiled(*tensors, frozen=True)
-        except CaptureError as error:
-            log.info("%s is captured but not compiled: %s", name, error)
-            return program
+
+class _Staged:
+    """A program whose first part is run again when other tensors come first, and the rest every time."""
+
+    def __init__(self, first: Function, rest: Function, num_kept: int) -> None:
+        self.first, self.rest, self.num_kept = first, rest, num_kept
+        self.kept: tuple[Tensor, ...] = ()
+        self.known: tuple[Tensor, ...] = ()
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        kept = tensors[: self.num_kept]
+        if not self.kept or any(tensor is not before for tensor, before in zip(kept, self.kept, strict=True)):
+            self.kept, self.known = kept, self.first(*kept)
+        return self.rest(*self.known, *tensors)
+
+
+def _fastest(name: Any, program: Program, tensors: tuple[Tensor, ...], num_kept: int, compiles: bool) -> Function:
+    """The program in two stages, where there is a first; compiled where that is wanted and possible."""
+    stages = program.split(num_kept) if num_kept else None
+    if stages is None:
+        return _compiled(name, program, tensors) if compiles else program
+    first, rest = stages
+    known = first(*tensors[:num_kept])
+    return _Staged(first, _compiled(name, rest, (*known, *tensors)) if compiles else rest, num_kept)
+
+
+def _compiled(name: Any, program: Program, tensors: tuple[Tensor, ...]) -> Function:
+    try:
+        return program.compiled(*tensors, frozen=True)
+    except CaptureError as error:
+        log.info("%s is captured but not compiled: %s", name, error)
+        return program
 
 
 def _generators(device: torch.device) -> tuple[Tensor, ...]:

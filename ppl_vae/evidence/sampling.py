@@ -5,7 +5,7 @@ large weight was not drawn yet. So a pilot decides, is thrown away, and fresh dr
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,6 +27,7 @@ from ppl_vae.evidence.proposals import (
 from ppl_vae.evidence.weights import NonFiniteWeightsError, Verdict, WeightSums
 
 PILOT_PARTICLES = 1000
+UNITS_AT_ONCE = 8  # of noise, whose weights are summed together: that takes little longer than for one
 
 # The spread of a chain's log weight, in nats, below which the average of a few chains is good, and fair.
 GOOD_SPREAD, FAIR_SPREAD = 0.5, 1.0
@@ -59,19 +60,24 @@ METHODS: dict[str, Method] = {
 
 
 def running_sums(
-    block: Block, proposal: Proposal, num_particles: int, purpose: noise.Purpose, num_powers: int = 2
+    block: Block,
+    proposal: Proposal,
+    num_particles: int,
+    purpose: noise.Purpose,
+    num_powers: int = 2,
+    units_at_once: int = 1,
 ) -> Iterator[WeightSums]:
-    """The weights of a block, after each unit of noise; it is the same object every time.
+    """The weights of a block, after so many units of noise each; it is the same object every time.
 
     Raises:
         ValueError: naming the observations whose weights are NaN or infinite.
     """
     sums = WeightSums(block.size, num_particles, num_powers)
-    for number, start in enumerate(range(0, num_particles, PARTICLES_PER_UNIT)):
-        with block.noise(purpose, number):
-            log_weights = proposal.log_weights(min(PARTICLES_PER_UNIT, num_particles - start))
+    num_units = math.ceil(num_particles / PARTICLES_PER_UNIT)
+    for first in range(0, num_units, units_at_once):
+        units = range(first, min(first + units_at_once, num_units))
         try:
-            sums.update(log_weights)
+            sums.update(_log_weights(block, proposal, num_particles, purpose, units))
         except NonFiniteWeightsError as error:
             raise ValueError(
                 f"Log weights are NaN or infinite for the observations {block.numbers[error.rows].tolist()}. The model "
@@ -80,11 +86,23 @@ def running_sums(
         yield sums
 
 
+def _log_weights(
+    block: Block, proposal: Proposal, num_particles: int, purpose: noise.Purpose, units: Iterable[int]
+) -> Tensor:
+    """The log weights of some units of noise, of ``num_particles`` in all; shape (S, N)."""
+    parts = []
+    with noise.forked(block.columns[0].device):
+        for number in units:
+            block.reseed(purpose, number)
+            parts.append(proposal.log_weights(min(PARTICLES_PER_UNIT, num_particles - number * PARTICLES_PER_UNIT)))
+    return torch.cat(parts)
+
+
 def draw(
     block: Block, proposal: Proposal, num_particles: int, purpose: noise.Purpose, num_powers: int = 2
 ) -> WeightSums:
     """The weights of a block, all of them."""
-    *_, sums = running_sums(block, proposal, num_particles, purpose, num_powers)
+    *_, sums = running_sums(block, proposal, num_particles, purpose, num_powers, UNITS_AT_ONCE)
     return sums
 
 
