@@ -49,7 +49,8 @@ class Program:
     def split(self, num_first: int) -> tuple["Program", "Program"] | None:
         """What can be computed from the first tensors alone, and the rest, which takes its results before all tensors.
 
-        What is larger than these tensors stays with the rest, as it would take memory. None where nothing is left.
+        What has more rows than these tensors, and more numbers, would take memory and is left to the rest. None where
+        nothing else is there.
         """
         *nodes, output = self.graph.graph.nodes
         handed_in = [node for node in nodes if node.op == "placeholder"]
@@ -80,6 +81,10 @@ class Program:
                 "cpp_wrapper": many_small and tensors[0].device.type == "cpu",
                 "freezing": frozen,
                 "fallback_random": True,
+                # Sizes are part of what a program is captured for.
+                "size_asserts": False,
+                "alignment_asserts": False,
+                "scalar_asserts": False,
             }
             instead = lowering.decompositions(with_products=not many_small)
             with torch.no_grad(), warnings.catch_warnings():
@@ -270,25 +275,25 @@ def _computable(
     nodes: Sequence[fx.Node], known: Sequence[fx.Node]
 ) -> tuple[dict[fx.Node, None], dict[fx.Node, None]]:
     """What needs nothing but constants, and what needs nothing but these and what is known; in order."""
-    most = max(node.meta["val"].numel() for node in known)
     constant: dict[fx.Node, None] = {}
     early: dict[fx.Node, None] = {}
     for node in nodes:
         needs = [need for need in node.all_input_nodes if need not in constant]
         if node.op == "get_attr":
             constant[node] = None
-        elif not node.meta.get("movable") or not all(need in early or need in known for need in needs):
-            continue
-        elif needs and _largest(node) <= most:
-            early[node] = None
-        elif node.all_input_nodes and not needs:
-            constant[node] = None
+        elif node.meta.get("movable") and node.all_input_nodes and all(need in early or need in known for need in needs):
+            (early if needs else constant)[node] = None
+    rows, numbers = (max(size(node.meta["val"]) for node in known) for size in (_rows, Tensor.numel))
+    for node in reversed(tuple(early)):
+        values = [value for value in tree_leaves(node.meta["val"]) if isinstance(value, Tensor)]
+        is_large = any(_rows(value) > rows and value.numel() > numbers for value in values)
+        if is_large and any(user not in early for user in node.users):
+            del early[node]
     return constant, early
 
 
-def _largest(node: fx.Node) -> int:
-    """The numbers in the largest of an operation's values."""
-    return max((value.numel() for value in tree_leaves(node.meta["val"]) if isinstance(value, Tensor)), default=0)
+def _rows(value: Tensor) -> int:
+    return len(value) if value.dim() else 1
 
 
 def _subgraph(
@@ -324,8 +329,15 @@ _SAME_BY_A_SHORTER_WAY: dict[Any, Callable[..., Any]] = {
 def _call_directly(graph: fx.Graph) -> None:
     """Python's own bindings of frequent operations cost half as much per call as the overloads they stand for."""
     for node in graph.nodes:
-        if isinstance(node.target, OpOverload):
+        if node.target is aten._foreach_add_.Scalar and all(one.meta["val"].is_cpu for one in node.args[0]):
+            node.target = _add_number
+        elif isinstance(node.target, OpOverload):
             node.target = _SAME_BY_A_SHORTER_WAY.get(node.target.overloadpacket, node.target)
+
+
+def _add_number(tensors: list[Tensor], number: float) -> None:
+    """Adds a number to many small tensors. torch would make a tensor of the number for each of them."""
+    torch._foreach_add_(tensors, torch.tensor(number))  # pyright: ignore[reportPrivateImportUsage]
 
 
 def clones(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -109,6 +109,70 @@ def test_adding_to_a_number_does_not_add_to_the_tensor_it_came_from():
     assert same(capture.capture(function, X)(OTHER), function(OTHER))
 
 
+# Two stages
+
+
+LINEAR = nn.Linear(4, 6)
+
+
+def encoded(x, y):
+    """What x alone gives is small; the rest draws, writes in place, and uses both."""
+    hidden = LINEAR(x).relu().sum(0)
+    noise = torch.empty(5, 6).normal_()
+    return hidden + noise * y, x + y.sum(), hidden.expand(5, 6).exp() * y
+
+
+def only_late(x, y):
+    return x * y[:4], y.sum() + LINEAR.weight.t().sum()
+
+
+def only_early(x, y):
+    return (x.exp().sum(0),)
+
+
+def written_later(x, y):
+    first = x.sum(0)
+    first += y.sum()
+    return (first,)
+
+
+Y = torch.tensor([0.3, -2.0, 1.0, 0.5, 4.0, -1.0])
+
+
+@pytest.mark.parametrize("function", [encoded, only_early])
+def test_a_program_in_two_stages_computes_and_draws_the_same(function, unvalidated):
+    first, rest = capture.capture(function, X, Y).split(1)
+    known = first(OTHER)
+    for y in (Y, Y.flip(0)):
+        torch.manual_seed(3)
+        ours = rest(*known, OTHER, y)
+        state = torch.random.get_rng_state()
+        torch.manual_seed(3)
+        assert same(ours, [value.detach() for value in function(OTHER, y)])
+        assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def operations(program):
+    return [str(node.target) for node in program.graph.graph.nodes if node.op == "call_function"]
+
+
+def test_the_second_stage_repeats_nothing_of_the_first():
+    first, rest = capture.capture(encoded, X, Y).split(1)
+    assert any("addmm" in name for name in operations(first))
+    assert not any(word in name for name in operations(rest) for word in ("addmm", "relu", ".t", "transpose"))
+    assert len(operations(first)) + len(operations(rest)) == len(operations(capture.capture(encoded, X, Y)))
+
+
+@pytest.mark.parametrize("function", [only_late, written_later])
+def test_what_cannot_come_earlier_makes_no_stage(function):
+    assert capture.capture(function, X, Y).split(1) is None
+
+
+def test_what_would_take_more_memory_than_its_inputs_stays_in_the_second_stage():
+    first, rest = capture.capture(lambda x, y: (x.exp().repeat(9, 1) * y.sum(),), X, Y).split(1)
+    assert any("exp" in name for name in operations(first)) and any("repeat" in name for name in operations(rest))
+
+
 # Random numbers
 
 DRAWS = {

@@ -133,9 +133,59 @@ def test_what_draws_outside_of_torch_is_evaluated_as_it_is(caplog):
     assert len(values) == 9 and "gave other values" in caplog.text
 
 
+def test_what_a_replay_returns_has_the_form_of_what_the_function_returns():
+    density = Replays(patience=2)
+
+    def function(x):
+        return {"twice": 2 * x, ("a", "name"): (x + 1, x - 1)}, x.sum()
+
+    for _ in range(4):
+        values, total = density.call("forms", function, torch.arange(3.0))
+        assert list(values) == ["twice", ("a", "name")] and total == 3
+        assert torch.equal(values["a", "name"][1], torch.tensor([-1.0, 0.0, 1.0]))
+
+
+def test_what_is_kept_is_computed_once_for_each_of_the_tensors_that_come_first():
+    density, weight = Replays(patience=1), torch.randn(4, 4)
+
+    def function(x, y):
+        return ((x @ weight).sum() * y,)
+
+    ys = [torch.full((2,), float(number)) for number in range(5)]
+    for x in (torch.randn(3, 4), torch.randn(3, 4)):
+        for y in ys:
+            torch.testing.assert_close(density.call("kept", function, x, y, num_kept=1)[0], function(x, y)[0])
+    (staged,) = density.programs.values()
+    times = []
+    staged.first, first = lambda x: times.append(x) or first(x), staged.first
+    others = torch.randn(3, 4), torch.randn(3, 4)
+    for x in others:
+        for y in ys:
+            torch.testing.assert_close(density.call("kept", function, x, y, num_kept=1)[0], function(x, y)[0])
+    assert [x is other for x, other in zip(times, others, strict=True)] == [True, True]
+
+
+def test_the_guide_encodes_a_block_once(monkeypatch):
+    story = linear_gaussian(num_features=6, latent_dim=3, widened=1.3)
+    x, encoded = story.model(num_observations=40).detach(), []
+    made = replays._Staged.__init__
+
+    def counting(self, first, rest, num_kept):
+        made(self, lambda *kept: encoded.append(kept) or first(*kept), rest, num_kept)
+
+    monkeypatch.setattr(replays._Staged, "__init__", counting)
+    monkeypatch.setattr(replays, "CALLS_BEFORE_CAPTURE", 1)
+    log_evidence(story, x, method="importance", num_particles=1280, compile=False)
+    guides = [kept for kept in encoded if len(kept) == 1]
+    assert 2 <= len(guides) <= 6  # two blocks, of 32 and 8 observations, by guide and by model, and once when captured
+
+
 @pytest.mark.slow
-def test_what_draws_is_never_compiled():
-    density = Replays(compiled=True, patience=1)
-    for _ in range(2):
-        density.call("draw", lambda x: (x + torch.randn(2000),), torch.zeros(2000))
-    assert isinstance(next(iter(density.programs.values())), Program)
+def test_what_draws_draws_the_same_when_it_is_compiled():
+    density, x = Replays(compiled=True), torch.randn(replays.ROWS_TO_COMPILE, 3)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        (ours,) = density.call("draw", lambda x: (x + torch.randn(len(x), 3).exp() + torch.rand(3),), x)
+        torch.manual_seed(seed)
+        torch.testing.assert_close(ours, x + torch.randn(len(x), 3).exp() + torch.rand(3))
+    assert not isinstance(next(iter(density.programs.values())), Program)

@@ -6,7 +6,7 @@ log p(x_n, z_sn) - log q(z_sn), shape (S, N), whose exponentials have the mean p
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol, Self, cast
@@ -60,9 +60,9 @@ class Block:
         columns = tuple(column[rows.to(column.device)] for column in self.columns)
         return replace(self, columns=columns, taken=rows if self.taken is None else self.taken[rows])
 
-    def reseed(self, purpose: noise.Purpose, *indices: int) -> None:
-        """Starts one of this block's units of noise; call it inside :func:`noise.forked`."""
-        noise.reseed(self.columns[0].device, self.seed, purpose, *self._indices(indices))
+    def unit_seeds(self, purpose: noise.Purpose, numbers: Iterable[int]) -> list[int]:
+        """The seeds of some of this block's units of noise, for :func:`noise.start`."""
+        return [noise.unit_seed(self.seed, purpose, *self._indices((number,))) for number in numbers]
 
     def noise(self, purpose: noise.Purpose, *indices: int) -> AbstractContextManager[None]:
         """One of this block's units of noise; parts of a block have their own, or their errors would be correlated."""

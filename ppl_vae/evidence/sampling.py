@@ -5,7 +5,7 @@ large weight was not drawn yet. So a pilot decides, is thrown away, and fresh dr
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -87,13 +87,13 @@ def running_sums(
 
 
 def _log_weights(
-    block: Block, proposal: Proposal, num_particles: int, purpose: noise.Purpose, units: Iterable[int]
+    block: Block, proposal: Proposal, num_particles: int, purpose: noise.Purpose, units: Sequence[int]
 ) -> Tensor:
     """The log weights of some units of noise, of ``num_particles`` in all; shape (S, N)."""
-    parts = []
-    with noise.forked(block.columns[0].device):
-        for number in units:
-            block.reseed(purpose, number)
+    device, parts = block.columns[0].device, []
+    with noise.forked(device):
+        for number, seed in zip(units, block.unit_seeds(purpose, units), strict=True):
+            noise.start(device, seed)
             parts.append(proposal.log_weights(min(PARTICLES_PER_UNIT, num_particles - number * PARTICLES_PER_UNIT)))
     return torch.cat(parts)
 

@@ -15,7 +15,7 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ppl_vae import traces
+from ppl_vae import noise, traces
 from ppl_vae.capture import CaptureError, Program, capture, clones, first_line
 from ppl_vae.memory import keep_what_is_freed
 from ppl_vae.traces import Story
@@ -29,6 +29,7 @@ Step = Callable[..., tuple[Tensor, ...]]  # (*state, *columns, factor, *rates, r
 
 MOST_STEPS_PER_CALL = 8
 LARGE_STEP = 1e8  # in floating point operations: the calls between them do not matter then
+SEEDS_AT_ONCE = 64
 STEPS_UNTIL_READ = 50  # on CUDA, where reading a number waits for the device
 LARGEST_DIFFERENCE = 1e-3
 
@@ -115,9 +116,14 @@ class CapturedEngine(Replaying):
         state, settings = state_of(self.task), settings_of(self.task)
         unread = _Unread(tally, STEPS_UNTIL_READ if self.on_cuda else 1)
         whole = sum(len(rows) == self.task.batch_size for rows in batches.rows)
+        stride = self.steps_in_group if self.group else 1
         number = tally.number
+        seeds: dict[int, int] = {}
         while number < len(batches):
-            self.task.reseed(tally.epoch, number)
+            if number not in seeds:
+                ahead = range(number, min(number + SEEDS_AT_ONCE * stride, len(batches)), stride)
+                seeds = {number: self.task.unit_seed(tally.epoch, number) for number in ahead}
+            noise.start(self.task.device, seeds[number])
             if self.group and number + self.steps_in_group <= whole:
                 unread.read()
                 rows = torch.stack(tuple(batches.rows[number : number + self.steps_in_group]))

@@ -99,7 +99,12 @@ class Task:
 
     def reseed(self, epoch: int, number: int, shard: int = 0) -> None:
         """Starts the noise of a batch, or of a part of it."""
-        noise.reseed(self.device, self.seed, Purpose.TRAINING, epoch, number, *((shard,) if self.shards > 1 else ()))
+        noise.start(self.device, self.unit_seed(epoch, number, shard))
+
+    def unit_seed(self, epoch: int, number: int, shard: int = 0) -> int:
+        """The seed of the noise of a batch, or of a part of it."""
+        part = (shard,) if self.shards > 1 else ()
+        return noise.unit_seed(self.seed, Purpose.TRAINING, epoch, number, *part)
 
     def batch(self, columns: Columns, rows: Tensor) -> Columns:
         """These rows, the first column transformed."""
