@@ -246,7 +246,9 @@ def _written(node: fx.Node) -> Iterator[Any]:
 
 
 def _written_memory(graph: fx.Graph) -> set[int]:
-    return {place for node in graph.nodes if _writes(node.target) for given in _written(node) for place in _memory(given)}
+    return {
+        place for node in graph.nodes if _writes(node.target) for given in _written(node) for place in _memory(given)
+    }
 
 
 def _memory(nodes: Any) -> set[int]:
@@ -271,9 +273,7 @@ def _mark_movable(graph: fx.Graph) -> None:
         node.meta["movable"] = movable
 
 
-def _computable(
-    nodes: Sequence[fx.Node], known: Sequence[fx.Node]
-) -> tuple[dict[fx.Node, None], dict[fx.Node, None]]:
+def _computable(nodes: Sequence[fx.Node], known: Sequence[fx.Node]) -> tuple[dict[fx.Node, None], dict[fx.Node, None]]:
     """What needs nothing but constants, and what needs nothing but these and what is known; in order."""
     constant: dict[fx.Node, None] = {}
     early: dict[fx.Node, None] = {}
@@ -281,7 +281,9 @@ def _computable(
         needs = [need for need in node.all_input_nodes if need not in constant]
         if node.op == "get_attr":
             constant[node] = None
-        elif node.meta.get("movable") and node.all_input_nodes and all(need in early or need in known for need in needs):
+        elif (
+            node.meta.get("movable") and node.all_input_nodes and all(need in early or need in known for need in needs)
+        ):
             (early if needs else constant)[node] = None
     rows, numbers = (max(size(node.meta["val"]) for node in known) for size in (_rows, Tensor.numel))
     for node in reversed(tuple(early)):

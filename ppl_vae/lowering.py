@@ -41,8 +41,9 @@ def _of_inductor() -> dict[Any, Callable[..., Any]]:
 def log1p(x: Tensor) -> Tensor:
     """log(1 + x) by a logarithm and a correction, to a few units in the last place.
 
-    The vectorized log1p that torch and inductor call takes ten times as long as its log. Kahan's formula: Goldberg 1991, What every computer scientist should know about
-    floating-point arithmetic, theorem 4, https://doi.org/10.1145/103162.103163.
+    The vectorized log1p that torch and inductor call takes ten times as long as its log. Kahan's formula: Goldberg
+    1991, What every computer scientist should know about floating-point arithmetic, theorem 4,
+    https://doi.org/10.1145/103162.103163.
     """
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
         return NotImplemented

@@ -59,8 +59,8 @@ def bernoulli_nll(logits, x, *settings, **named):
 def test_the_density_of_a_bernoulli_is_right_to_a_few_units_in_the_last_place(x):
     sizes = torch.cat([torch.linspace(0, 20, 20_001), torch.logspace(-30, 1.9, 5000)])
     logits = torch.cat([sizes, -sizes])
-    l = logits.numpy().astype(np.longdouble)
-    last, others = np.log1p(np.exp(-abs(l))), (1 - np.longdouble(np.float32(x))) * l - np.minimum(l, 0)
+    exact = logits.numpy().astype(np.longdouble)
+    last, others = np.log1p(np.exp(-abs(exact))), (1 - np.longdouble(np.float32(x))) * exact - np.minimum(exact, 0)
     ours = bernoulli_nll(logits, torch.full_like(logits, x), reduction=0).double().numpy()
     scale = np.maximum(np.maximum(last, abs(others)), np.finfo(np.float32).tiny)
     assert (abs(ours - (others + last)) / scale).max() < 4 * np.finfo(np.float32).eps

@@ -8,9 +8,10 @@ import pytest
 import torch
 from example_stories import ORACLES, linear_gaussian
 
-from ppl_vae import log_evidence, noise, traces
+from ppl_vae import VAE, likelihoods, log_evidence, networks, noise, posteriors, priors, traces
 from ppl_vae.capture import Program
-from ppl_vae.evidence import replays
+from ppl_vae.evidence import estimators, joint, replays
+from ppl_vae.evidence.joint import arithmetic_of
 from ppl_vae.evidence.replays import Replays
 
 
@@ -178,6 +179,30 @@ def test_the_guide_encodes_a_block_once(monkeypatch):
     log_evidence(story, x, method="importance", num_particles=1280, compile=False)
     guides = [kept for kept in encoded if len(kept) == 1]
     assert 2 <= len(guides) <= 6  # two blocks, of 32 and 8 observations, by guide and by model, and once when captured
+
+
+def test_the_arithmetic_of_a_draw_is_that_of_the_decoders_layers():
+    decoder = likelihoods.Bernoulli(networks.mlp(3, 10, 20))
+    story = VAE(priors.StandardNormal(3), decoder, posteriors.DiagonalNormal(networks.mlp(20, 6)))
+    with traces.scoring(story):
+        assert arithmetic_of(story, (torch.ones(5, 20),)) == 2 * (3 * 10 + 10 * 20)
+
+
+def test_a_density_is_compiled_where_draws_and_arithmetic_are_many(monkeypatch):
+    assert replays.pays(10**7, 10**6) and not replays.pays(10**7, 10**4)
+    assert replays.pays(10**9, 10**4) and not replays.pays(10**5, 10**6)
+    story, asked = linear_gaussian(num_features=6, latent_dim=3), []
+    x = story.model(num_observations=5).detach()
+
+    def joint_of(*arguments, compiled, **settings):
+        asked.append(compiled)
+        return joint.joint_of(*arguments, **settings)
+
+    monkeypatch.setattr(estimators, "joint_of", joint_of)
+    for seconds in (0.0, 1.0):
+        monkeypatch.setattr(replays, "SECONDS_TO_COMPILE", seconds)
+        log_evidence(story, x, method="importance", num_particles=100)
+    assert asked == [True, False]
 
 
 @pytest.mark.slow

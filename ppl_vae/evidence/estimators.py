@@ -19,10 +19,10 @@ import ppl_vae
 from ppl_vae import checkpoint, checks, noise, traces
 from ppl_vae.discrete import log_densities
 from ppl_vae.distributions import Columnwise
-from ppl_vae.evidence import escalation, naive, quadrature, sharing
+from ppl_vae.evidence import escalation, naive, quadrature, replays, sharing
 from ppl_vae.evidence.annealing import Annealing
 from ppl_vae.evidence.escalation import Planned, Settings
-from ppl_vae.evidence.joint import Joint, joint_of
+from ppl_vae.evidence.joint import Joint, arithmetic_of, joint_of
 from ppl_vae.evidence.naive import SharedParticles
 from ppl_vae.evidence.proposals import Block, FromDensity, FromGuide, FromPyro, block_numbers, block_of, without_mode
 from ppl_vae.evidence.result import Evidence
@@ -42,7 +42,6 @@ Correction = Literal["jackknife", "jackknife-2", "pareto"]
 
 DEFAULT_BUDGET = 60_000
 UNLIMITED = 2**62
-DRAWS_TO_COMPILE = 5_000_000  # some microseconds are saved by each (docs/performance.md)
 COLUMNS = (
     "observation",
     "estimate",
@@ -110,7 +109,7 @@ def log_evidence(
         seed: the noise is a function of it and of the position of an observation.
         device: where to compute; None is where the story is.
         progress: show a bar; None means when standard error is a terminal.
-        compile: compile the model's density by inductor, which needs a C++ compiler and some 10 to 25 seconds; None
+        compile: compile the model's density by inductor, which needs a C++ compiler and some 3 to 25 seconds; None
             does so on a CPU where there are draws enough to win.
         model_dtype: compute the model's linear layers and convolutions in this dtype. ``torch.bfloat16`` is faster
             where the processor knows it, and moves each estimate by some hundredths of a nat, which no error tells;
@@ -148,7 +147,8 @@ def log_evidence(
     with traces.scoring(story):
         if compile is None:
             wanted = num_particles or (METHODS["importance"].default_particles if method != "elbo" else 0)
-            compile = traces.device_and_dtype(story)[0].type == "cpu" and wanted * len(columns[0]) > DRAWS_TO_COMPILE
+            on_cpu = traces.device_and_dtype(story)[0].type == "cpu"
+            compile = on_cpu and replays.pays(wanted * len(columns[0]), arithmetic_of(story, columns))
         if name != "auto" and tolerance is None:
             budget = UNLIMITED
         settings, data_fingerprint = Settings(num_particles, tolerance, budget), fingerprint(story, columns)

@@ -16,6 +16,7 @@ from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import biject_to, constraints
+from torch.utils.flop_counter import FlopCounterMode
 
 from ppl_vae import noise, traces
 from ppl_vae.discrete import Assignments, assignments, log_densities, summed_out
@@ -431,6 +432,14 @@ def joint_of(
         model_dtype=model_dtype,
         why_no_space=why_not,
     )
+
+
+def arithmetic_of(story: Story, columns: Columns) -> int:
+    """How many floating point operations a model's matrix products and convolutions take for one draw."""
+    rows = traces.to_story(story, tuple(column[:1] for column in columns))
+    with noise.unit(rows[0].device, 0, noise.Purpose.CHECK), FlopCounterMode(display=False) as counter:
+        poutine.trace(story.model).get_trace(*rows)
+    return counter.get_total_flops()
 
 
 def _discrete(sites: dict[str, Site]) -> dict[str, Site]:

@@ -20,7 +20,17 @@ log = logging.getLogger("ppl_vae")
 CALLS_BEFORE_CAPTURE = 20
 ROWS_TO_COMPILE = 2048  # half a unit of noise: as many as the density of a model is asked for at once
 
+# What compilation costs and saves on two cores, rounded to its disadvantage (docs/performance.md).
+SECONDS_TO_COMPILE = 10.0
+SECONDS_SAVED_PER_DRAW = 1e-7
+SECONDS_SAVED_PER_OPERATION = 1e-12  # in floating point
+
 Function = Callable[..., tuple[Tensor, ...]]
+
+
+def pays(draws: int, flops: int) -> bool:
+    """Whether compiling a density, which does so much arithmetic for a draw, saves more time than it takes."""
+    return draws * (SECONDS_SAVED_PER_DRAW + flops * SECONDS_SAVED_PER_OPERATION) > SECONDS_TO_COMPILE
 
 
 class Replays:
