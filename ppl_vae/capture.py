@@ -281,9 +281,7 @@ def _computable(nodes: Sequence[fx.Node], known: Sequence[fx.Node]) -> tuple[dic
         needs = [need for need in node.all_input_nodes if need not in constant]
         if node.op == "get_attr":
             constant[node] = None
-        elif (
-            node.meta.get("movable") and node.all_input_nodes and all(need in early or need in known for need in needs)
-        ):
+        elif node.meta.get("movable") and all(need in early or need in known for need in needs):
             (early if needs else constant)[node] = None
     rows, numbers = (max(size(node.meta["val"]) for node in known) for size in (_rows, Tensor.numel))
     for node in reversed(tuple(early)):

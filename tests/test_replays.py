@@ -11,7 +11,7 @@ from example_stories import ORACLES, linear_gaussian
 from ppl_vae import VAE, likelihoods, log_evidence, networks, noise, posteriors, priors, traces
 from ppl_vae.capture import Program
 from ppl_vae.evidence import estimators, joint, replays
-from ppl_vae.evidence.joint import arithmetic_of
+from ppl_vae.evidence.joint import work_of_a_draw
 from ppl_vae.evidence.replays import Replays
 
 
@@ -181,16 +181,22 @@ def test_the_guide_encodes_a_block_once(monkeypatch):
     assert 2 <= len(guides) <= 6  # two blocks, of 32 and 8 observations, by guide and by model, and once when captured
 
 
-def test_the_arithmetic_of_a_draw_is_that_of_the_decoders_layers():
+def test_the_work_of_a_draw_is_that_of_its_own_rows():
     decoder = likelihoods.Bernoulli(networks.mlp(3, 10, 20))
-    story = VAE(priors.StandardNormal(3), decoder, posteriors.DiagonalNormal(networks.mlp(20, 6)))
-    with traces.scoring(story):
-        assert arithmetic_of(story, (torch.ones(5, 20),)) == 2 * (3 * 10 + 10 * 20)
+    encoder = posteriors.DiagonalNormal(networks.mlp(20, 6))
+    work = {}
+    for name, prior in {"one": priors.StandardNormal(3), "many": priors.VampPrior(encoder, torch.rand(50, 20))}.items():
+        story = VAE(prior, decoder, encoder)
+        with traces.scoring(story):
+            work[name] = work_of_a_draw(story, (torch.ones(5, 20),))
+    assert work["one"][0] == work["many"][0] == 2 * (3 * 10 + 10 * 20)  # pseudo-inputs are encoded once for all rows
+    assert 20 + 10 + 20 < work["one"][1] < 20 * (20 + 10 + 3)
+    assert work["many"][1] - work["one"][1] > 5 * 50 * 3  # but every row is compared with all of them
 
 
-def test_a_density_is_compiled_where_draws_and_arithmetic_are_many(monkeypatch):
-    assert replays.pays(10**7, 10**6) and not replays.pays(10**7, 10**4)
-    assert replays.pays(10**9, 10**4) and not replays.pays(10**5, 10**6)
+def test_a_density_is_compiled_where_there_is_enough_to_do(monkeypatch):
+    assert replays.pays(10**7, 10**6, 10**3) and not replays.pays(10**7, 10**4, 10**3)
+    assert replays.pays(10**6, 10**4, 10**5) and not replays.pays(10**4, 10**6, 10**5)
     story, asked = linear_gaussian(num_features=6, latent_dim=3), []
     x = story.model(num_observations=5).detach()
 

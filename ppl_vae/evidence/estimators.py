@@ -22,7 +22,7 @@ from ppl_vae.distributions import Columnwise
 from ppl_vae.evidence import escalation, naive, quadrature, replays, sharing
 from ppl_vae.evidence.annealing import Annealing
 from ppl_vae.evidence.escalation import Planned, Settings
-from ppl_vae.evidence.joint import Joint, arithmetic_of, joint_of
+from ppl_vae.evidence.joint import Joint, joint_of, work_of_a_draw
 from ppl_vae.evidence.naive import SharedParticles
 from ppl_vae.evidence.proposals import Block, FromDensity, FromGuide, FromPyro, block_numbers, block_of, without_mode
 from ppl_vae.evidence.result import Evidence
@@ -148,7 +148,7 @@ def log_evidence(
         if compile is None:
             wanted = num_particles or (METHODS["importance"].default_particles if method != "elbo" else 0)
             on_cpu = traces.device_and_dtype(story)[0].type == "cpu"
-            compile = on_cpu and replays.pays(wanted * len(columns[0]), arithmetic_of(story, columns))
+            compile = on_cpu and replays.pays(wanted * len(columns[0]), *work_of_a_draw(story, columns))
         if name != "auto" and tolerance is None:
             budget = UNLIMITED
         settings, data_fingerprint = Settings(num_particles, tolerance, budget), fingerprint(story, columns)

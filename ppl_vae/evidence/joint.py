@@ -16,6 +16,8 @@ from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import biject_to, constraints
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ppl_vae import noise, traces
@@ -434,12 +436,40 @@ def joint_of(
     )
 
 
-def arithmetic_of(story: Story, columns: Columns) -> int:
-    """How many floating point operations a model's matrix products and convolutions take for one draw."""
-    rows = traces.to_story(story, tuple(column[:1] for column in columns))
-    with noise.unit(rows[0].device, 0, noise.Purpose.CHECK), FlopCounterMode(display=False) as counter:
-        poutine.trace(story.model).get_trace(*rows)
-    return counter.get_total_flops()
+def work_of_a_draw(story: Story, columns: Columns) -> tuple[int, int]:
+    """What a model's density takes for one draw more.
+
+    Returns:
+        The floating point operations of its matrix products and convolutions, and the numbers that all its operations
+        return.
+    """
+    few, more = (
+        _work(story, tuple(column[:1].expand(rows, *column.shape[1:]) for column in columns)) for rows in (2, 4)
+    )
+    flops, numbers = ((high - low) // 2 for low, high in zip(few, more, strict=True))
+    return flops, numbers
+
+
+def _work(story: Story, columns: Columns) -> tuple[int, int]:
+    rows = traces.to_story(story, columns)
+    with noise.unit(rows[0].device, 0, noise.Purpose.CHECK):
+        guide_trace = poutine.trace(story.guide).get_trace(*rows)
+        with FlopCounterMode(display=False) as operations, _Numbers() as numbers:
+            poutine.trace(poutine.replay(story.model, trace=guide_trace)).get_trace(*rows).compute_log_prob()
+    return operations.get_total_flops(), numbers.total
+
+
+class _Numbers(TorchDispatchMode):
+    """Counts the numbers that operations return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        values = func(*args, **(kwargs or {}))
+        self.total += sum(value.numel() for value in tree_leaves(values) if isinstance(value, Tensor))
+        return values
 
 
 def _discrete(sites: dict[str, Site]) -> dict[str, Site]:

@@ -22,15 +22,21 @@ ROWS_TO_COMPILE = 2048  # half a unit of noise: as many as the density of a mode
 
 # What compilation costs and saves on two cores, rounded to its disadvantage (docs/performance.md).
 SECONDS_TO_COMPILE = 10.0
-SECONDS_SAVED_PER_DRAW = 1e-7
-SECONDS_SAVED_PER_OPERATION = 1e-12  # in floating point
+SECONDS_SAVED_PER_FLOP = 1e-12
+SECONDS_SAVED_PER_NUMBER = 3e-10
 
 Function = Callable[..., tuple[Tensor, ...]]
 
 
-def pays(draws: int, flops: int) -> bool:
-    """Whether compiling a density, which does so much arithmetic for a draw, saves more time than it takes."""
-    return draws * (SECONDS_SAVED_PER_DRAW + flops * SECONDS_SAVED_PER_OPERATION) > SECONDS_TO_COMPILE
+def pays(draws: int, flops: int, numbers: int) -> bool:
+    """Whether compiling a density saves more time than it takes.
+
+    Args:
+        draws: how many will be made.
+        flops: floating point operations of its matrix products and convolutions for each draw.
+        numbers: that its operations return for each draw, which a compiler keeps from memory.
+    """
+    return draws * (flops * SECONDS_SAVED_PER_FLOP + numbers * SECONDS_SAVED_PER_NUMBER) > SECONDS_TO_COMPILE
 
 
 class Replays:
