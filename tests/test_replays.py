@@ -13,6 +13,7 @@ from ppl_vae.capture import Program
 from ppl_vae.evidence import estimators, joint, replays
 from ppl_vae.evidence.joint import work_of_a_draw
 from ppl_vae.evidence.replays import Replays
+from ppl_vae.work import Work
 
 
 @pytest.mark.parametrize("method", ["importance", "laplace", "mixture", "annealed"])
@@ -189,14 +190,14 @@ def test_the_work_of_a_draw_is_that_of_its_own_rows():
         story = VAE(prior, decoder, encoder)
         with traces.scoring(story):
             work[name] = work_of_a_draw(story, (torch.ones(5, 20),))
-    assert work["one"][0] == work["many"][0] == 2 * (3 * 10 + 10 * 20)  # pseudo-inputs are encoded once for all rows
-    assert 20 + 10 + 20 < work["one"][1] < 20 * (20 + 10 + 3)
-    assert work["many"][1] - work["one"][1] > 5 * 50 * 3  # but every row is compared with all of them
+    assert work["one"].flops == work["many"].flops == 2 * (3 * 10 + 10 * 20)  # pseudo-inputs are encoded for all rows
+    assert 20 + 10 < work["one"].numbers < 5 * (20 + 10 + 3)
+    assert work["many"].numbers - work["one"].numbers > 4 * 50 * 3  # but every row is compared with all of them
 
 
 def test_a_density_is_compiled_where_there_is_enough_to_do(monkeypatch):
-    assert replays.pays(10**7, 10**6, 10**3) and not replays.pays(10**7, 10**4, 10**3)
-    assert replays.pays(10**6, 10**4, 10**5) and not replays.pays(10**4, 10**6, 10**5)
+    for draws, work in ((10**8, Work(10**6, 10)), (10**6, Work(10, 10**5))):
+        assert replays.pays(draws, work) and not replays.pays(draws // 100, work)
     story, asked = linear_gaussian(num_features=6, latent_dim=3), []
     x = story.model(num_observations=5).detach()
 

@@ -148,7 +148,7 @@ def log_evidence(
         if compile is None:
             wanted = num_particles or (METHODS["importance"].default_particles if method != "elbo" else 0)
             on_cpu = traces.device_and_dtype(story)[0].type == "cpu"
-            compile = on_cpu and replays.pays(wanted * len(columns[0]), *work_of_a_draw(story, columns))
+            compile = on_cpu and replays.pays(wanted * len(columns[0]), work_of_a_draw(story, columns))
         if name != "auto" and tolerance is None:
             budget = UNLIMITED
         settings, data_fingerprint = Settings(num_particles, tolerance, budget), fingerprint(story, columns)

@@ -16,9 +16,6 @@ from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import biject_to, constraints
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from ppl_vae import noise, traces
 from ppl_vae.discrete import Assignments, assignments, log_densities, summed_out
@@ -26,6 +23,7 @@ from ppl_vae.evidence.replays import Replays
 from ppl_vae.memory import is_out_of_memory, within_memory
 from ppl_vae.precision import matrix_products_in
 from ppl_vae.traces import Columns, Layout, Site, Story, sample_sites
+from ppl_vae.work import Work, counted
 
 PRIOR_DRAWS = 1000
 ONE_SIGMA = torch.tensor([0.1587, 0.5, 0.8413])
@@ -436,40 +434,21 @@ def joint_of(
     )
 
 
-def work_of_a_draw(story: Story, columns: Columns) -> tuple[int, int]:
-    """What a model's density takes for one draw more.
-
-    Returns:
-        The floating point operations of its matrix products and convolutions, and the numbers that all its operations
-        return.
-    """
+def work_of_a_draw(story: Story, columns: Columns) -> Work:
+    """What a model's density takes for one draw more."""
     few, more = (
         _work(story, tuple(column[:1].expand(rows, *column.shape[1:]) for column in columns)) for rows in (2, 4)
     )
-    flops, numbers = ((high - low) // 2 for low, high in zip(few, more, strict=True))
-    return flops, numbers
+    return Work((more.flops - few.flops) // 2, (more.numbers - few.numbers) // 2)
 
 
-def _work(story: Story, columns: Columns) -> tuple[int, int]:
+def _work(story: Story, columns: Columns) -> Work:
     rows = traces.to_story(story, columns)
     with noise.unit(rows[0].device, 0, noise.Purpose.CHECK):
         guide_trace = poutine.trace(story.guide).get_trace(*rows)
-        with FlopCounterMode(display=False) as operations, _Numbers() as numbers:
+        with counted() as work:
             poutine.trace(poutine.replay(story.model, trace=guide_trace)).get_trace(*rows).compute_log_prob()
-    return operations.get_total_flops(), numbers.total
-
-
-class _Numbers(TorchDispatchMode):
-    """Counts the numbers that operations return."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        values = func(*args, **(kwargs or {}))
-        self.total += sum(value.numel() for value in tree_leaves(values) if isinstance(value, Tensor))
-        return values
+    return work
 
 
 def _discrete(sites: dict[str, Site]) -> dict[str, Site]:

@@ -13,6 +13,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from ppl_vae import noise
 from ppl_vae.capture import CaptureError, Program, capture
 from ppl_vae.memory import keep_what_is_freed
+from ppl_vae.work import Work
 
 log = logging.getLogger("ppl_vae")
 
@@ -23,20 +24,15 @@ ROWS_TO_COMPILE = 2048  # half a unit of noise: as many as the density of a mode
 # What compilation costs and saves on two cores, rounded to its disadvantage (docs/performance.md).
 SECONDS_TO_COMPILE = 10.0
 SECONDS_SAVED_PER_FLOP = 1e-12
-SECONDS_SAVED_PER_NUMBER = 3e-10
+SECONDS_SAVED_PER_NUMBER = 5e-10
 
 Function = Callable[..., tuple[Tensor, ...]]
 
 
-def pays(draws: int, flops: int, numbers: int) -> bool:
-    """Whether compiling a density saves more time than it takes.
-
-    Args:
-        draws: how many will be made.
-        flops: floating point operations of its matrix products and convolutions for each draw.
-        numbers: that its operations return for each draw, which a compiler keeps from memory.
-    """
-    return draws * (flops * SECONDS_SAVED_PER_FLOP + numbers * SECONDS_SAVED_PER_NUMBER) > SECONDS_TO_COMPILE
+def pays(draws: int, each: Work) -> bool:
+    """Whether compiling a density, of which so many draws are wanted, saves more time than it takes."""
+    seconds = each.flops * SECONDS_SAVED_PER_FLOP + each.numbers * SECONDS_SAVED_PER_NUMBER
+    return draws * seconds > SECONDS_TO_COMPILE
 
 
 class Replays:

@@ -13,7 +13,6 @@ from typing import Any, Literal, cast
 import torch
 from pyro import poutine
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ppl_vae import noise, traces
 from ppl_vae.capture import CaptureError, Program, capture, clones, first_line
@@ -22,6 +21,7 @@ from ppl_vae.traces import Story
 from ppl_vae.training.optimizers import LongRows, frozen_numbers, held_by, held_in, is_fused, tensors_in, traced_step
 from ppl_vae.training.steps import Tally, Task, average_and_clip, gradients_of
 from ppl_vae.training.supply import Batch, Part, Supply, are_stored, supply
+from ppl_vae.work import Work, counted
 
 log = logging.getLogger("ppl_vae")
 
@@ -36,9 +36,8 @@ LARGEST_DIFFERENCE = 1e-3
 # What compilation costs and saves on two cores, rounded to its disadvantage (docs/performance.md).
 SECONDS_TO_COMPILE = 30.0
 SECONDS_TO_COMPILE_EACH = 0.1  # operation, where there are many
-SECONDS_SAVED_PER_STEP = 4e-4
-SHARE_OF_ARITHMETIC_SAVED = 0.1
-FLOPS_PER_SECOND = 1e11
+SECONDS_SAVED_PER_STEP = 2.5e-4
+SECONDS_SAVED_PER_NUMBER = 2e-10
 
 
 class Replaying:
@@ -56,7 +55,7 @@ class Replaying:
         self.compiled = compiled
         self.has_compiled = False
         self.started = False
-        self.flops = 0
+        self.work = Work()
         self.frozen: Any = None  # what was captured would be wrong if this changed; None until something is
         keep_what_is_freed()
 
@@ -67,21 +66,21 @@ class Replaying:
 
     @property
     def learned(self) -> dict[str, float | int]:
-        """The arithmetic of a step, whether one was taken, and whether it is compiled (-1 where that is open)."""
+        """The work of a step, whether one was taken, and whether it is compiled (-1 where that is open)."""
         compiled = -1 if self.frozen is None else int(self.has_compiled)
-        return {"started": int(self.started), "flops": self.flops, "compiled": compiled}
+        return {"started": int(self.started), **vars(self.work), "compiled": compiled}
 
     def recall(self, learned: Mapping[str, Any]) -> None:
         """Takes the same steps as the engine that learned this, unless it was said whether to compile."""
-        self.started, self.flops = bool(learned["started"]), int(learned["flops"])
+        self.started = bool(learned["started"])
+        self.work = Work(int(learned["flops"]), int(learned.get("numbers", 0)))  # older files have no numbers
         if self.compiled is None and learned["compiled"] >= 0:
             self.compiled = bool(learned["compiled"])
 
     def start(self, batch: Batch) -> float:
-        """One eager step, for real: it makes the optimizer's state, and counts the arithmetic. Returns its loss."""
-        with FlopCounterMode(display=False) as counter:
+        """One eager step, for real: it makes the optimizer's state, and counts the work. Returns its loss."""
+        with counted() as self.work:
             loss, self.started = eager_step(self.task, batch)
-        self.flops = counter.get_total_flops()
         return loss
 
 
@@ -138,7 +137,7 @@ class CapturedEngine(Replaying):
         unread.read()
 
     def _start(self, tally: Tally, batch: Batch) -> None:
-        """One eager step, for real: it makes the optimizer's state, and counts the arithmetic."""
+        """One eager step, for real: it makes the optimizer's state, and counts the work."""
         if self.on_cuda:
             for group in self.task.optimizer.param_groups:
                 group.update({"capturable": True} if "capturable" in group else {})
@@ -162,7 +161,7 @@ class CapturedEngine(Replaying):
             self.steps[size] = step
         if self.on_cuda:
             self.steps = {size: self._graphed(size, batch.parts[0]) for size, batch in examples.items()}
-        elif self.compiled or (self.compiled is None and pays(self.total_steps, self.flops, operations)):
+        elif self.compiled or (self.compiled is None and pays(self.total_steps, self.work, operations)):
             self._compile(examples[len(batches.rows[0])].parts[0])
 
     def _several(self, inputs: list[Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,7 +182,7 @@ class CapturedEngine(Replaying):
         Rows that are read from disk come batch by batch, so their steps are compiled one by one.
         """
         try:
-            if self.flops < LARGE_STEP and self.steps_in_group and not are_stored(self.task.columns):
+            if self.work.flops < LARGE_STEP and self.steps_in_group and not are_stored(self.task.columns):
                 self.group = self._compiled_group(part)
             else:
                 function, inputs = StepFunction(self.task, "outside", compiled=True), inputs_of(self.task, part)
@@ -268,9 +267,9 @@ def move(task: Task, loss: float, num_observations: int) -> tuple[float, bool]:
     return loss, taken
 
 
-def pays(total_steps: int, flops: int, operations: int) -> bool:
-    """Whether compiling a step of so many operations, which do so much arithmetic, saves more time than it takes."""
-    seconds = SECONDS_SAVED_PER_STEP + SHARE_OF_ARITHMETIC_SAVED * flops / FLOPS_PER_SECOND
+def pays(total_steps: int, work: Work, operations: int) -> bool:
+    """Whether compiling a step of so many operations, which do so much work, saves more time than it takes."""
+    seconds = SECONDS_SAVED_PER_STEP + SECONDS_SAVED_PER_NUMBER * work.numbers
     return total_steps * seconds > max(SECONDS_TO_COMPILE, SECONDS_TO_COMPILE_EACH * operations)
 
 

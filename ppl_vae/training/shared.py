@@ -65,7 +65,7 @@ class SharedEngine(Replaying):
             self.gradients[size] = _Gradient(self.task, part)
             self.gradients[size].compare(batch, part)
         operations = max((gradient.num_operations for gradient in self.gradients.values()), default=0)
-        if self.compiled or (self.compiled is None and pays(self.total_steps, self.flops, operations)):
+        if self.compiled or (self.compiled is None and pays(self.total_steps, self.work, operations)):
             self._compile(examples)
 
     def _compile(self, examples: Mapping[int, tuple[Batch, Part]]) -> None:
