@@ -284,10 +284,17 @@ def _computable(nodes: Sequence[fx.Node], known: Sequence[fx.Node]) -> tuple[dic
         elif node.meta.get("movable") and all(need in early or need in known for need in needs):
             (early if needs else constant)[node] = None
     rows, numbers = (max(size(node.meta["val"]) for node in known) for size in (_rows, Tensor.numel))
-    for node in reversed(tuple(early)):
+    computable = {*known, *constant}
+
+    def stays_late(node: fx.Node) -> bool:
+        if not all(need in early or need in computable for need in node.all_input_nodes):
+            return True
         values = [value for value in tree_leaves(node.meta["val"]) if isinstance(value, Tensor)]
         is_large = any(_rows(value) > rows and value.numel() > numbers for value in values)
-        if is_large and any(user not in early for user in node.users):
+        return is_large and any(user not in early for user in node.users)
+
+    while late := [node for node in early if stays_late(node)]:
+        for node in late:
             del early[node]
     return constant, early
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import flop_registry
 
 
 @dataclass
@@ -26,20 +26,21 @@ class Work:
 
 @contextmanager
 def counted() -> Iterator[Work]:
-    """Counts what is done inside; the counts are there afterwards."""
+    """Counts what is done inside."""
     work = Work()
-    with FlopCounterMode(display=False) as products, _Numbers() as numbers:
+    with _Counting(work):
         yield work
-    work.flops, work.numbers = products.get_total_flops(), numbers.total
 
 
-class _Numbers(TorchDispatchMode):
-    def __init__(self) -> None:
+class _Counting(TorchDispatchMode):
+    def __init__(self, work: Work) -> None:
         super().__init__()
-        self.total = 0
+        self.work = work
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         values = func(*args, **(kwargs or {}))
-        if not func.is_view and func.overloadpacket not in flop_registry:
-            self.total += sum(value.numel() for value in tree_leaves(values) if isinstance(value, Tensor))
+        if func.overloadpacket in flop_registry:
+            self.work.flops += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=values)
+        elif not func.is_view:
+            self.work.numbers += sum(value.numel() for value in tree_leaves(values) if isinstance(value, Tensor))
         return values

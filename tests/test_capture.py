@@ -126,6 +126,12 @@ def encoded(x, y):
     return hidden + noise * y, x + y.sum(), hidden.expand(5, 6).exp() * y
 
 
+def partly_large(x, y):
+    """What is large is needed by the rest, and by something small."""
+    large = x.exp().repeat(9, 1)
+    return large * y.sum(), large.sum(0)[:3] + y[:3]
+
+
 def only_late(x, y):
     return x * y[:4], y.sum() + LINEAR.weight.t().sum()
 
@@ -143,7 +149,7 @@ def written_later(x, y):
 Y = torch.tensor([0.3, -2.0, 1.0, 0.5, 4.0, -1.0])
 
 
-@pytest.mark.parametrize("function", [encoded, only_early])
+@pytest.mark.parametrize("function", [encoded, only_early, partly_large])
 def test_a_program_in_two_stages_computes_and_draws_the_same(function, unvalidated):
     first, rest = capture.capture(function, X, Y).split(1)
     known = first(OTHER)
