@@ -22,6 +22,7 @@ from ppl_vae import VAE, fit, likelihoods, noise, objectives, posteriors, priors
 from ppl_vae.capture import CaptureError
 from ppl_vae.networks import mlp
 from ppl_vae.training import captured
+from ppl_vae.work import Work
 
 ADAM = partial(torch.optim.Adam, lr=1e-2, fused=True)
 
@@ -705,6 +706,24 @@ def test_compiled_steps_that_are_not_finite_are_skipped_as_by_svi():
     assert history["skipped_steps"].tolist() == reference["skipped_steps"].tolist()
     for ours, theirs in zip(compiled.parameters(), story.parameters(), strict=True):
         assert ours.item() == pytest.approx(theirs.item(), abs=0.1) and ours != 0
+
+
+def test_steps_are_compiled_where_they_are_many_or_each_has_much_to_do():
+    little, much = Work(flops=10**9, numbers=10**5), Work(flops=10**9, numbers=10**8)
+    assert captured.pays(200_000, little, 200) and not captured.pays(20_000, little, 200)
+    assert captured.pays(2000, much, 200) and not captured.pays(200, much, 200)
+    assert not captured.pays(2000, much, 2000)  # a step of so many operations takes longer to compile
+
+
+def test_what_a_step_has_to_do_is_seen_before_it_is_decided(monkeypatch):
+    seen = []
+    monkeypatch.setattr(captured, "pays", lambda steps, work, operations: seen.append(work))
+    for components in (2, 200):
+        prior, encoder = priors.MixtureOfNormals(3, components), posteriors.DiagonalNormal(mlp(5, 6))
+        train(VAE(prior, likelihoods.Bernoulli(mlp(3, 5)), encoder), (torch.rand(16, 5).round(),), batch_size=8)
+    few, many = seen
+    assert few.flops == many.flops > 0
+    assert many.numbers - few.numbers > 8 * 198 * 3  # of the first batch: components times latents
 
 
 @pytest.mark.slow
