@@ -193,6 +193,19 @@ def test_the_work_of_a_draw_is_that_of_its_own_rows():
     assert work["one"].flops == work["many"].flops == 2 * (3 * 10 + 10 * 20)  # pseudo-inputs are encoded for all rows
     assert 20 + 10 < work["one"].numbers < 5 * (20 + 10 + 3)
     assert work["many"].numbers - work["one"].numbers > 4 * 50 * 3  # but every row is compared with all of them
+    assert work["one"].widest == 20 and work["many"].widest == 50 * 3
+
+
+def test_of_wide_rows_fewer_are_evaluated_at_once(monkeypatch):
+    encoder = posteriors.DiagonalNormal(networks.mlp(20, 6))
+    story = VAE(priors.VampPrior(encoder, torch.rand(50, 20)), likelihoods.Bernoulli(networks.mlp(3, 10, 20)), encoder)
+    x, evidence = torch.rand(8, 20).round(), []
+    for numbers, rows in ((joint.NUMBERS_IN_CACHE, joint.ROWS_IN_CACHE), (50 * 3 * 40, 40)):
+        monkeypatch.setattr(joint, "NUMBERS_IN_CACHE", numbers)
+        with traces.scoring(story):
+            assert joint.joint_of(story, (x,)).rows_together == rows
+        evidence.append(log_evidence(story, x, method="importance", num_particles=300)["estimate"])
+    np.testing.assert_allclose(*evidence, rtol=1e-5)
 
 
 def test_a_density_is_compiled_where_there_is_enough_to_do(monkeypatch):

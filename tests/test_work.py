@@ -15,6 +15,15 @@ def test_products_are_counted_by_their_operations_and_all_else_by_what_it_return
     assert work == Work(flops=2 * 5 * 4 * 3, numbers=15 + 3 + 15)
 
 
+def test_the_widest_tensor_is_that_of_the_most_numbers_a_row():
+    x, others = torch.randn(13, 4), torch.randn(500, 4)
+    with counted(rows=13) as work:
+        distances = (x[:, None] - others).square().sum(-1)  # 500 * 4 numbers a row
+        (others.exp() @ torch.ones(4, 9000)).sum()  # rows of nothing
+        distances.repeat(2, 1)  # two for each row, less wide
+    assert work.widest == 500 * 4
+
+
 def test_a_backward_pass_counts_as_well():
     x = torch.randn(5, 4, requires_grad=True)
     with counted() as forward:

@@ -145,10 +145,11 @@ def log_evidence(
         story.to(traces.device_named(device))
     event_shapes = checks.dry_run(story, *columns)
     with traces.scoring(story):
+        work = work_of_a_draw(story, columns)
         if compile is None:
             wanted = num_particles or (METHODS["importance"].default_particles if method != "elbo" else 0)
             on_cpu = traces.device_and_dtype(story)[0].type == "cpu"
-            compile = on_cpu and replays.pays(wanted * len(columns[0]), work_of_a_draw(story, columns))
+            compile = on_cpu and replays.pays(wanted * len(columns[0]), work)
         if name != "auto" and tolerance is None:
             budget = UNLIMITED
         settings, data_fingerprint = Settings(num_particles, tolerance, budget), fingerprint(story, columns)
@@ -157,7 +158,7 @@ def log_evidence(
         if folder is not None:
             shares = Shares(Path(folder), _asked(words, story, columns), progress)
         ranks_here().refuse_different("log_evidence", f"{words} {len(columns[0])} observations")
-        joint = joint_of(story, columns, compiled=compile, model_dtype=model_dtype)
+        joint = joint_of(story, columns, compiled=compile, model_dtype=model_dtype, work=work)
         estimation = _Estimation(joint, columns, settings, correction, seed, shares)
         parts, extra = estimation.run(method)
         measures = _base_measures(story, columns)

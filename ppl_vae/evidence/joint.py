@@ -28,7 +28,10 @@ from ppl_vae.work import Work, counted
 PRIOR_DRAWS = 1000
 ONE_SIGMA = torch.tensor([0.1587, 0.5, 0.8413])
 ROWS_AT_ONCE = 8192
-ROWS_IN_CACHE = 2048  # of so many, what a model computes in between stays in a processor's cache
+# What a model computes in between stays in a processor's cache, of so many rows or numbers in a tensor.
+ROWS_IN_CACHE = 2048
+NUMBERS_IN_CACHE = 4_000_000
+FEW_ROWS = 13  # few dimensions of a network are multiples of it
 
 
 # Rows in chunks
@@ -186,6 +189,7 @@ class Joint:
         marked: discrete sites that the model sums out (marked ``infer={"enumerate": "parallel"}``).
         discrete: all discrete sites of the model.
         discrete_in_guide: all discrete sites of the guide.
+        rows_together: how many rows a density is best asked for at once.
         model_dtype: of the model's matrix products; None is the story's.
     """
 
@@ -197,6 +201,7 @@ class Joint:
     chunks: Chunks
     layout: Layout
     replays: Replays
+    rows_together: int
     model_dtype: torch.dtype | None = None
     why_no_space: str = ""
 
@@ -275,12 +280,13 @@ class Joint:
             return function(traces.as_rows(flat[: len(columns)], particles), *some)
 
         size = len(columns[0])
-        in_cache = ROWS_IN_CACHE if columns[0].device.type == "cpu" else ROWS_AT_ONCE
-        together = size * min(num_particles, max(1, in_cache // size))
+        rows = size * num_particles
+        together = size * min(num_particles, max(1, self.rows_together // size))
         if together <= self.chunks.rows:
             try:
                 parts = list(zip(*(tensor.split(together) for tensor in tensors), strict=True)) or [()]
-                found = [self.replays.call(name, repeated, *columns, *part, num_kept=len(columns)) for part in parts]
+                kept = len(columns)
+                found = [self.replays.call(name, repeated, *columns, *part, num_kept=kept, rows=rows) for part in parts]
                 return tuple(torch.cat(values) for values in zip(*found, strict=True))
             except RuntimeError as error:
                 if not is_out_of_memory(error):
@@ -404,8 +410,12 @@ def joint_of(
     layout: Layout | None = None,
     compiled: bool = False,
     model_dtype: torch.dtype | None = None,
+    work: Work | None = None,
 ) -> Joint:
-    """The densities of a story that has passed its dry run; the layout of its guide is the fastest, if not given."""
+    """The densities of a story that has passed its dry run.
+
+    The layout of its guide is the fastest, and the work that of a draw, if they are not given.
+    """
     rows = traces.to_story(story, tuple(column[torch.arange(2) % len(column)] for column in columns))
     with noise.unit(rows[0].device, 0, noise.Purpose.CHECK):
         model_trace, guide_trace = traces.run(story, *rows)
@@ -420,6 +430,8 @@ def joint_of(
         if is_out_of_memory(error):
             raise MemoryError("The story does not fit in memory with the draws that look at its prior.") from error
         space, why_not = None, f"The model fails on draws of its own prior: {str(error).splitlines()[0]}"
+    work = work or work_of_a_draw(story, columns)
+    on_cpu = rows[0].device.type == "cpu"
     return Joint(
         story=story,
         space=space,
@@ -429,6 +441,7 @@ def joint_of(
         chunks=Chunks(),
         layout=layout,
         replays=Replays(compiled),
+        rows_together=min(ROWS_IN_CACHE, max(1, NUMBERS_IN_CACHE // (work.widest or 1))) if on_cpu else ROWS_AT_ONCE,
         model_dtype=model_dtype,
         why_no_space=why_not,
     )
@@ -436,17 +449,15 @@ def joint_of(
 
 def work_of_a_draw(story: Story, columns: Columns) -> Work:
     """What a model's density takes for one draw more."""
-    few, more = (
-        _work(story, tuple(column[:1].expand(rows, *column.shape[1:]) for column in columns)) for rows in (2, 4)
-    )
-    return Work((more.flops - few.flops) // 2, (more.numbers - few.numbers) // 2)
+    few, more = (_work(story, columns, rows) for rows in (FEW_ROWS, 2 * FEW_ROWS))
+    return Work((more.flops - few.flops) // FEW_ROWS, (more.numbers - few.numbers) // FEW_ROWS, few.widest)
 
 
-def _work(story: Story, columns: Columns) -> Work:
-    rows = traces.to_story(story, columns)
+def _work(story: Story, columns: Columns, num_rows: int) -> Work:
+    rows = traces.to_story(story, tuple(column[:1].expand(num_rows, *column.shape[1:]) for column in columns))
     with noise.unit(rows[0].device, 0, noise.Purpose.CHECK):
         guide_trace = poutine.trace(story.guide).get_trace(*rows)
-        with counted() as work:
+        with counted(num_rows) as work:
             poutine.trace(poutine.replay(story.model, trace=guide_trace)).get_trace(*rows).compute_log_prob()
     return work
 
