@@ -8,12 +8,12 @@ differently, so that nothing that is to agree with torch bit for bit may be mult
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 # A call of oneDNN takes some ten microseconds longer: it gains from a product of so many operations on.
 SMALLEST_PRODUCT = 4e6
 
-_library = torch.library.Library("ppl_vae", "DEF")
+_library = library.Library("ppl_vae", "DEF")
 _library.define("product(Tensor left, Tensor right, Tensor? bias) -> Tensor")
 
 
@@ -42,11 +42,11 @@ def _has_more_than_mkl_uses() -> bool:
     return wide and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-@torch.library.impl(_library, "product", "CPU")
+@library.impl(_library, "product", "CPU")
 def _by_onednn(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise.default(left, right.T, bias, "none", [], "")
 
 
-@torch.library.register_fake("ppl_vae::product", lib=_library)
+@library.register_fake("ppl_vae::product", lib=_library)
 def _shape(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
     return left.new_empty(left.shape[0], right.shape[1])

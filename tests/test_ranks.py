@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -15,7 +16,8 @@ import torch
 
 from ppl_vae import fit, ranks
 from ppl_vae.ranks import Ranks
-from ppl_vae.training.checkpoints import files_in
+from ppl_vae.training.checkpoints import Checkpoints, files_in
+from ppl_vae.training.steps import Notice
 
 TASK = Path(shared_task.__file__)
 
@@ -125,6 +127,28 @@ def test_f18_when_a_rank_dies_the_others_stop_with_an_error_and_the_run_goes_on(
     torch.testing.assert_close(history, unbroken, rtol=1e-9, atol=1e-10)
     for name, tensor in story.state_dict().items():
         torch.testing.assert_close(tensor, whole.state_dict()[name], rtol=1e-9, atol=1e-10)
+
+
+class Alone(Ranks):
+    """One of two processes, the other of which does not come."""
+
+    def wait(self):
+        raise AssertionError("waits for a process that goes on")
+
+
+def test_a_signal_that_only_one_process_knows_of_while_all_write_ends_nothing_yet(tmp_path):
+    task = SimpleNamespace(ranks=Alone(1, 2), notice=Notice())
+    keeper = Checkpoints(tmp_path, 60.0, SimpleNamespace(task=task))
+    task.notice.of_all = [1.0, 0.0, 0.0]  # the first process finds it time for a checkpoint
+    assert keeper.are_due
+    keeper._heard(signal.SIGINT, None)
+    keeper.write(None)
+    task.notice.of_all = [0.0, 0.0, 0.0]
+    assert not keeper.are_due and task.notice.own == [0.0, 1.0, 0.0]  # told with the next step
+    task.notice.of_all = task.notice.own
+    assert keeper.are_due
+    with pytest.raises(AssertionError, match="waits"):
+        keeper.write(None)
 
 
 @pytest.mark.slow

@@ -75,7 +75,8 @@ class Checkpoints:
         self.every = every
         self.training = training
         self.written = time.monotonic()
-        self.signal: int | None = None
+        self.signal: int | None = None  # that this process has heard
+        self.agreed: int | None = None  # after which all processes end
         self.ranks = training.task.ranks
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob(".step-*") if self.ranks.is_first else ():  # by a process that was killed
@@ -86,17 +87,20 @@ class Checkpoints:
         """Whether it is time for one; all processes find so after the same step."""
         is_late = time.monotonic() - self.written >= self.every
         if self.ranks.size == 1:
-            return is_late or self.signal is not None
+            self.agreed = self.signal
+            return is_late or self.agreed is not None
         notice = self.training.task.notice
         wanted, interrupted, terminated = notice.of_all
         own = is_late and self.ranks.is_first, self.signal == signal.SIGINT, self.signal == signal.SIGTERM
         notice.own = [float(wish) for wish in own]
         if interrupted or terminated:
-            self.signal = signal.SIGINT if interrupted else signal.SIGTERM
-        return wanted > 0 or (self.signal is not None and interrupted + terminated > 0)
+            self.signal = self.agreed = signal.SIGINT if interrupted else signal.SIGTERM
+        return wanted > 0 or self.agreed is not None
 
     def write(self, tally: Tally) -> None:
         """Writes where the training is, and drops all but the last two; then ends the training if a signal said so.
+
+        One that comes meanwhile is for after the next step: the other processes do not know of it yet.
 
         Raises:
             OSError: when the file cannot be written; those before it are as they were.
@@ -108,9 +112,9 @@ class Checkpoints:
                 old.unlink(missing_ok=True)
         self.written = time.monotonic()
         self.training.task.notice.own = [0.0, 0.0, 0.0]
-        if self.signal is not None:
+        if self.agreed is not None:
             self.ranks.wait()  # a process that ends may take the others with it
-            raise KeyboardInterrupt if self.signal == signal.SIGINT else SystemExit(128 + self.signal)
+            raise KeyboardInterrupt if self.agreed == signal.SIGINT else SystemExit(128 + self.agreed)
 
     @contextmanager
     def finishing_steps(self) -> Iterator[None]:
