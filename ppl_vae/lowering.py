@@ -52,15 +52,18 @@ def log1p(x: Tensor) -> Tensor:
     return torch.where(exact, x, one_more.log() * (x / (one_more - 1)))
 
 
-def _bernoulli_nll(logits: Tensor, x: Tensor, *settings: Any, **named: Any) -> Tensor:
+def _bernoulli_nll(
+    logits: Tensor, x: Tensor, weight: Tensor | None = None, pos_weight: Tensor | None = None, reduction: int = 1
+) -> Tensor:
     r"""Minus a Bernoulli's log density of each pixel, with neither a logarithm nor anything to be stored in between.
 
     Of :math:`(1 - x) l - \min(0, l) + \log(1 + e^{-|l|})` the last term is :math:`2\,\mathrm{artanh}(s)` at
     :math:`s = 1 / (1 + 2 e^{|l|}) \le 1/3`, whose power series up to :math:`s^{13}` ends at a relative 2e-8.
     """
-    is_plain = (settings, named) == ((None, None, 0), {}) or (settings, named) == ((), {"reduction": 0})
-    if logits.device.type != "cpu" or logits.dtype != torch.float32 or not is_plain:
-        return _of_inductor()[aten.binary_cross_entropy_with_logits.default](logits, x, *settings, **named)
+    for_each = weight is None and pos_weight is None and reduction == 0
+    if logits.device.type != "cpu" or logits.dtype != torch.float32 or not for_each:
+        inductors = _of_inductor()[aten.binary_cross_entropy_with_logits.default]
+        return inductors(logits, x, weight, pos_weight, reduction)
     s = (1 + 2 * logits.abs().exp()).reciprocal()
     square = s * s
     series = torch.full_like(s, 1 / ARTANH_POWERS[-1])

@@ -51,17 +51,13 @@ def test_log1p_of_other_kinds_is_left_to_inductor(kind):
     assert lowering.log1p(torch.ones(3, **kind)) is NotImplemented
 
 
-def bernoulli_nll(logits, x, *settings, **named):
-    return lowering._bernoulli_nll(logits, x, *settings, **named)
-
-
 @pytest.mark.parametrize("x", [0.0, 1.0, 0.3])
 def test_the_density_of_a_bernoulli_is_right_to_a_few_units_in_the_last_place(x):
     sizes = torch.cat([torch.linspace(0, 20, 20_001), torch.logspace(-30, 1.9, 5000)])
     logits = torch.cat([sizes, -sizes])
     exact = logits.numpy().astype(np.longdouble)
     last, others = np.log1p(np.exp(-abs(exact))), (1 - np.longdouble(np.float32(x))) * exact - np.minimum(exact, 0)
-    ours = bernoulli_nll(logits, torch.full_like(logits, x), reduction=0).double().numpy()
+    ours = lowering._bernoulli_nll(logits, torch.full_like(logits, x), reduction=0).double().numpy()
     scale = np.maximum(np.maximum(last, abs(others)), np.finfo(np.float32).tiny)
     assert (abs(ours - (others + last)) / scale).max() < 4 * np.finfo(np.float32).eps
     assert (abs((1 + (-logits.abs()).exp()).log().double().numpy() - last) / last).max() > 1e-3  # what it must not be
@@ -70,7 +66,7 @@ def test_the_density_of_a_bernoulli_is_right_to_a_few_units_in_the_last_place(x)
 def test_the_density_of_a_bernoulli_at_the_edges_is_torchs():
     logits, x = torch.tensor([e for e in EDGES for _ in (0, 1)]), torch.tensor([0.0, 1.0] * len(EDGES))
     theirs = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
-    ours = bernoulli_nll(logits, x, None, None, 0)
+    ours = lowering._bernoulli_nll(logits, x, None, None, 0)
     assert torch.equal(ours.isnan(), theirs.isnan())
     torch.testing.assert_close(ours.nan_to_num(7.0), theirs.nan_to_num(7.0), rtol=1e-6, atol=0)
 
@@ -81,7 +77,7 @@ def test_the_density_of_a_bernoulli_at_the_edges_is_torchs():
 def test_a_cross_entropy_of_other_kinds_is_inductors(dtype, weights, reduction):
     logits, x = torch.randn(5, 3, dtype=dtype), torch.rand(5, 3, dtype=dtype)
     theirs = torch.ops.aten.binary_cross_entropy_with_logits(logits, x, *weights, reduction)
-    torch.testing.assert_close(bernoulli_nll(logits, x, *weights, reduction), theirs)
+    torch.testing.assert_close(lowering._bernoulli_nll(logits, x, *weights, reduction), theirs)
 
 
 def transposed_convolutions():
