@@ -125,7 +125,7 @@ def capture(function: Callable[..., Any], *tensors: Tensor) -> Program:
     return Program(traced, constants)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """An error's type and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
@@ -133,8 +133,11 @@ def first_line(error: Exception) -> str:
 
 def _reason(error: Exception) -> str:
     data_dependent = ("DataDependentOutputException", "GuardOnDataDependentSymNode", "DynamicOutputShapeException")
-    if type(error).__name__ in data_dependent:
-        return f"Python's control flow, or a shape, depends on the data ({first_line(error)})"
+    cause: BaseException | None = error
+    while cause and type(cause).__name__ not in data_dependent:
+        cause = cause.__context__  # torch and Pyro add to an error's message, and some of their versions fail at it
+    if cause:
+        return f"Python's control flow, or a shape, depends on the data ({first_line(cause)})"
     return first_line(error)
 
 

@@ -3,7 +3,7 @@
 import math
 import weakref
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, cast
 
 import pyro.distributions as dist
@@ -38,11 +38,19 @@ class Transformed(dist.TransformedDistribution):
 def _untie(parts: Sequence[Any]) -> None:
     """Lets go of transforms, and of the points that they remember, with the distribution that has them.
 
-    A transform and its inverse hold each other, which would keep the graphs of many steps alive.
+    A transform and its inverse hold each other, which would keep the graphs of many steps alive. (Before torch 2.13 the
+    inverse is held weakly, and there is nothing to do.)
     """
     for part in parts:
-        if part._inv is None and not isinstance(part, transforms.ComposeTransform):
+        if part._inv is None and not isinstance(part, transforms.ComposeTransform) and _holds_its_inverse():
             part._inv = Inverse(weakref.proxy(part))
+
+
+@cache
+def _holds_its_inverse() -> bool:
+    transform = transforms.ExpTransform()
+    inverse = transform.inv
+    return transform._inv is inverse
 
 
 def flipped_between(layers: Sequence[Any], latent_dim: int) -> list[Any]:

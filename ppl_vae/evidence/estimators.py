@@ -176,7 +176,8 @@ def log_evidence(
     }
     dataset = _dataset(parts)
     if model_dtype is not None:
-        dataset["method"] = dataset["method"] + f" in {attributes['model_dtype']}"
+        label = f" in {attributes['model_dtype']}"
+        dataset["method"] = dataset["method"].dims, np.char.add(dataset["method"].values, label)
     return Evidence(dataset.assign_attrs(attributes | extra))
 
 
