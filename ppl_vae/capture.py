@@ -81,6 +81,7 @@ class Program:
                 "cpp_wrapper": many_small and tensors[0].device.type == "cpu",
                 "freezing": frozen,
                 "fallback_random": True,
+                "cpp.enable_floating_point_contract_flag": "fast",  # a product and a sum in one instruction
                 # Sizes are part of what a program is captured for.
                 "size_asserts": False,
                 "alignment_asserts": False,

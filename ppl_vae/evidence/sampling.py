@@ -27,7 +27,7 @@ from ppl_vae.evidence.proposals import (
 from ppl_vae.evidence.weights import NonFiniteWeightsError, Verdict, WeightSums
 
 PILOT_PARTICLES = 1000
-UNITS_AT_ONCE = 8  # of noise, whose weights are summed together: that takes little longer than for one
+UNITS_AT_ONCE = 16  # of noise, whose weights are summed together: that takes little longer than for one
 
 # The spread of a chain's log weight, in nats, below which the average of a few chains is good, and fair.
 GOOD_SPREAD, FAIR_SPREAD = 0.5, 1.0
