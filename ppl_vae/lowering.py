@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.polynomial import Chebyshev, Polynomial
 from torch import Tensor
 
 from ppl_vae import products
@@ -11,7 +13,8 @@ from ppl_vae import products
 aten = torch.ops.aten
 
 LOG2_E = 1.4426950408889634
-ARTANH_POWERS = (1, 3, 5, 7, 9, 11, 13)
+# log(1 + t) / t at t from 0 to 1, to a relative 4e-8; its coefficients from the constant up.
+LOG1P_OVER_T = Chebyshev.interpolate(lambda t: np.log1p(t) / t, deg=8, domain=[0, 1]).convert(kind=Polynomial)
 MOST_CHANNELS = 4  # of an output that oneDNN's transposed convolution is slow at
 
 
@@ -58,21 +61,20 @@ def _bernoulli_nll(
 ) -> Tensor:
     r"""Minus a Bernoulli's log density of each pixel, with neither a logarithm nor anything to be stored in between.
 
-    Of :math:`(1 - x) l - \min(0, l) + \log(1 + e^{-|l|})` the last term is :math:`2\,\mathrm{artanh}(s)` at
-    :math:`s = 1 / (1 + 2 e^{|l|}) \le 1/3`, whose power series up to :math:`s^{13}` ends at a relative 2e-8. Inductor
-    would write an exponential that is used twice to memory and read it back, but not a power of two. That rounds the
-    logit once more, as the layer that made it has done already.
+    Of :math:`(1 - x) l - \min(0, l) + \log(1 + e^{-|l|})` the last term is a polynomial in :math:`t = e^{-|l|} \le 1`.
+    Inductor would write an exponential that is used twice to memory and read it back, but not a power of two. That
+    rounds the logit once more, as the layer that made it has done already.
     """
     for_each = weight is None and pos_weight is None and reduction == 0
     if logits.device.type != "cpu" or logits.dtype != torch.float32 or not for_each:
         inductors = _of_inductor()[aten.binary_cross_entropy_with_logits.default]
         return inductors(logits, x, weight, pos_weight, reduction)
-    s = (1 + 2 * (logits.abs() * LOG2_E).exp2()).reciprocal()
-    square = s * s
-    series = torch.full_like(s, 1 / ARTANH_POWERS[-1])
-    for power in reversed(ARTANH_POWERS[:-1]):
-        series = series * square + 1 / power
-    return (1 - x) * logits - logits.clamp(max=0) + 2 * s * series
+    t = (-LOG2_E * logits.abs()).exp2()
+    *lower, highest = LOG1P_OVER_T.coef.tolist()
+    polynomial = torch.full_like(t, highest)
+    for coefficient in reversed(lower):
+        polynomial = polynomial * t + coefficient
+    return (1 - x) * logits - logits.clamp(max=0) + t * polynomial
 
 
 def _mm(left: Tensor, right: Tensor) -> Tensor:
