@@ -109,11 +109,11 @@ def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any)
     kernel = aten.constant_pad_nd(weight, [0, missing[1], 0, missing[0]])
     kernel = kernel.reshape(len(weight), channels, taps[0], steps[0], taps[1], steps[1]).flip(2, 4)
     kernel = kernel.permute(1, 3, 5, 0, 2, 4).reshape(-1, len(weight), *taps)
-    bias = None if bias is None else bias[:, None].expand(-1, steps[0] * steps[1]).reshape(-1)
-    images = aten.convolution(x, kernel, bias, [1, 1], [t - 1 for t in taps], [1, 1], False, [0, 0], 1)
+    images = aten.convolution(x, kernel, None, [1, 1], [t - 1 for t in taps], [1, 1], False, [0, 0], 1)
     images = images.reshape(len(x), channels, *steps, *images.shape[2:]).permute(0, 1, 4, 2, 5, 3)
     whole = images.reshape(len(x), channels, *made)
-    return whole[:, :, padding[0] : padding[0] + edges[0], padding[1] : padding[1] + edges[1]].contiguous()
+    image = whole[:, :, padding[0] : padding[0] + edges[0], padding[1] : padding[1] + edges[1]]
+    return image.contiguous() if bias is None else image + bias[:, None, None]
 
 
 def _convolution_backward(
