@@ -61,9 +61,9 @@ def _bernoulli_nll(
 ) -> Tensor:
     r"""Minus a Bernoulli's log density of each pixel, with neither a logarithm nor anything to be stored in between.
 
-    Of :math:`(1 - x) l - \min(0, l) + \log(1 + e^{-|l|})` the last term is a polynomial in :math:`t = e^{-|l|} \le 1`.
-    Inductor would write an exponential that is used twice to memory and read it back, but not a power of two. That
-    rounds the logit once more, as the layer that made it has done already.
+    Of :math:`(1 - x) l - \min(0, l) + \log(1 + e^{-|l|})` the last term is :math:`t = e^{-|l|} \le 1` times a
+    polynomial in it. Inductor would write an exponential that is used twice to memory and read it back, but not a power
+    of two. That rounds the logit once more, as the layer that made it has done already.
     """
     for_each = weight is None and pos_weight is None and reduction == 0
     if logits.device.type != "cpu" or logits.dtype != torch.float32 or not for_each:

@@ -13,8 +13,7 @@ from torch import Tensor, library
 # A call of oneDNN takes some ten microseconds longer: it gains from a product of so many operations on.
 SMALLEST_PRODUCT = 4e6
 
-_library = library.Library("ppl_vae", "DEF")
-_library.define("product(Tensor left, Tensor right, Tensor? bias) -> Tensor")
+library.define("ppl_vae::product", "(Tensor left, Tensor right, Tensor? bias) -> Tensor")
 
 
 def gains(left: Tensor, right: Tensor) -> bool:
@@ -42,11 +41,11 @@ def _has_more_than_mkl_uses() -> bool:
     return wide and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-@library.impl(_library, "product", "CPU")
+@library.impl("ppl_vae::product", "CPU")
 def _by_onednn(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise.default(left, right.T, bias, "none", [], "")
 
 
-@library.register_fake("ppl_vae::product", lib=_library)
+@library.register_fake("ppl_vae::product")
 def _shape(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
     return left.new_empty(left.shape[0], right.shape[1])

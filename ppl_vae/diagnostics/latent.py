@@ -725,7 +725,7 @@ def _with_prior_mass(dataset: xr.Dataset, sides: Sequence[Marginal], like: Tenso
         return dataset.assign(prior_mass=(("row", "column"), np.full((size, size), size**-2)))
     log_mass = dataset["log_prior"]
     for side, name in zip(sides, ("column", "row"), strict=True):
-        middles = torch.tensor(dataset[name].values.copy()).to(like)
+        middles = torch.from_numpy(dataset[name].values.copy()).to(like)
         width = side.icdf(middles + 0.4 / size) - side.icdf(middles - 0.4 / size)
         log_mass = log_mass + xr.DataArray(_numpy(width.log()), dims=name)
     mass = np.exp(log_mass - log_mass.max())

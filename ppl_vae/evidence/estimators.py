@@ -176,8 +176,8 @@ def log_evidence(
     }
     dataset = _dataset(parts)
     if model_dtype is not None:
-        label = f" in {attributes['model_dtype']}"
-        dataset["method"] = dataset["method"].dims, np.char.add(dataset["method"].values, label)
+        method = dataset["method"]
+        dataset["method"] = method.copy(data=np.char.add(method.values, f" in {attributes['model_dtype']}"))
     return Evidence(dataset.assign_attrs(attributes | extra))
 
 
