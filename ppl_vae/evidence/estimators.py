@@ -176,8 +176,8 @@ def log_evidence(
     }
     dataset = _dataset(parts)
     if model_dtype is not None:
-        method = dataset["method"]
-        dataset["method"] = method.copy(data=np.char.add(method.values, f" in {attributes['model_dtype']}"))
+        names = dataset["method"]
+        dataset["method"] = names.copy(data=np.char.add(names.values, f" in {attributes['model_dtype']}"))
     return Evidence(dataset.assign_attrs(attributes | extra))
 
 
